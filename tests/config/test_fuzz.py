@@ -1,0 +1,83 @@
+"""Whatever a config says, the answer is a Job or a ConfigError, never another exception."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from titan_lite.config.errors import ConfigError
+from titan_lite.config.load import job_from_dict, load_job
+from titan_lite.config.paths import key_text, put
+from titan_lite.config.schema import all_keys
+from titan_lite.job import Job
+
+BYTES = (Path(__file__).parent / "data" / "llama3_8b.toml").read_bytes()
+KEYS = sorted({path for path in all_keys(Job)})
+QUICK = settings(
+    max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+scalars = st.one_of(
+    st.integers(),
+    st.integers(-2, 9),
+    st.floats(),
+    st.booleans(),
+    st.text(max_size=8),
+    st.dates(),
+    st.sampled_from(["", "llama3", "8B", "c4", "hf:", "op", "gqa", "document", "\x1b", "\udc80"]),
+)
+values = st.recursive(
+    scalars,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "path", "x", "a.b", ""]), inner),
+    max_leaves=6,
+)
+
+
+def refused_or_loaded(load: Any) -> None:
+    with contextlib.suppress(ConfigError):
+        try:
+            load()
+        except ConfigError as error:
+            assert error.problems
+            assert all(problem.code and problem.why for problem in error.problems)
+            assert all(line.isprintable() for line in str(error).split("\n"))
+            raise
+
+
+@QUICK
+@given(st.lists(st.tuples(st.sampled_from(KEYS), values), max_size=6), st.sampled_from([None, 1, 3, 8]))
+def test_any_value_at_any_key(settings_: list[tuple[Any, Any]], world_size: int | None) -> None:
+    tables: dict[str, Any] = {}
+    for path, value in settings_:
+        with contextlib.suppress(KeyError):
+            put(tables, path, value)
+    refused_or_loaded(lambda: job_from_dict(tables, world_size))
+
+
+@QUICK
+@given(st.integers(0, len(BYTES)), st.integers(0, 40), st.binary(max_size=12) | st.text("[]{}=\"'#.,\n\\a1", max_size=12))
+def test_damaged_file(tmp_path: Path, start: int, length: int, patch: bytes | str) -> None:
+    file = tmp_path / "damaged.toml"
+    file.write_bytes(BYTES[:start] + (patch.encode() if isinstance(patch, str) else patch) + BYTES[start + length :])
+    refused_or_loaded(lambda: load_job(file))
+
+
+@QUICK
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=10),
+            st.sampled_from(["--training.steps", "--checkpoint.enable", "--checkpoint.no_enable", "true", "-1", "--"]),
+            st.builds(lambda key, raw: f"--{key_text(key)}={raw}", st.sampled_from(KEYS), st.text(max_size=10)),
+        ),
+        max_size=5,
+    )
+)
+def test_any_override(tmp_path: Path, overrides: list[str]) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text("")
+    refused_or_loaded(lambda: load_job(file, overrides))

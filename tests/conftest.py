@@ -1,0 +1,35 @@
+"""Fixtures and environment of the whole suite: one thread per process, no network."""
+
+from __future__ import annotations
+
+import os
+
+# Before anything imports torch or a Hugging Face library.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.distributed.pool import WorkerPool
+
+
+def _pool(n: int) -> Iterator[WorkerPool]:
+    pool = WorkerPool(n)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def pool2() -> Iterator[WorkerPool]:
+    """Two gloo ranks; started by the first test that runs something on them."""
+    yield from _pool(2)
+
+
+@pytest.fixture(scope="session")
+def pool4() -> Iterator[WorkerPool]:
+    """Four gloo ranks; started by the first test that runs something on them."""
+    yield from _pool(4)

@@ -1,0 +1,66 @@
+"""The environment variables that describe the machines, and the defaults that workers get."""
+
+from __future__ import annotations
+
+import pytest
+
+from titan_lite.config.errors import ConfigError
+from titan_lite.launch import Cluster, read_cluster, worker_environment
+
+
+def test_one_worker_is_the_default_without_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert read_cluster({}) == Cluster(1)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    assert read_cluster({"LOG_RANK": "0,7"}) == Cluster(8, shown=frozenset({0, 7}))
+
+
+def test_several_nodes_are_read_from_torchruns_variables() -> None:
+    variables = {
+        "NGPU": "8",
+        "NNODES": "4",
+        "NODE_RANK": "3",
+        "MASTER_ADDR": "head",
+        "MASTER_PORT": "1234",
+        "LOG_RANK": "31",
+    }
+    cluster = read_cluster(variables)
+    assert cluster == Cluster(8, 4, 3, "head", 1234, frozenset({31}))
+    assert cluster.world_size == 32
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"NGPU": "0"}, "NGPU"),
+        ({"NGPU": "two"}, "NGPU"),
+        ({"NGPU": "-1"}, "NGPU"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK"),
+        ({"NODE_RANK": "1"}, "NODE_RANK"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT"),
+        ({"LOG_RANK": "2"}, "LOG_RANK"),
+        ({"LOG_RANK": "all"}, "LOG_RANK"),
+    ],
+)
+def test_a_bad_variable_is_named(variables: dict[str, str], named: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_cluster({"NGPU": "2", **variables})
+    (problem,) = caught.value.problems
+    assert problem.key == named
+    assert problem.allowed
+
+
+def test_workers_share_the_cores_and_stay_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    env = worker_environment({"PATH": "/bin"}, Cluster(3))
+    assert env["OMP_NUM_THREADS"] == "2"
+    assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "lo"
+    assert worker_environment({}, Cluster(9))["OMP_NUM_THREADS"] == "1"
+    assert "GLOO_SOCKET_IFNAME" not in worker_environment({}, Cluster(1, nodes=2))
+
+
+def test_the_users_own_settings_win() -> None:
+    env = worker_environment({"OMP_NUM_THREADS": "7", "GLOO_SOCKET_IFNAME": "eth0"}, Cluster(2))
+    assert (env["OMP_NUM_THREADS"], env["GLOO_SOCKET_IFNAME"]) == ("7", "eth0")

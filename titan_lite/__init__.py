@@ -1,0 +1,1 @@
+"""titan_lite: a PyTorch-native trainer driven by one TOML file."""

@@ -1,0 +1,1 @@
+"""Checkpoints: complete or absent, checksummed, free of pickle, resharded to any layout."""

@@ -1,0 +1,77 @@
+"""[checkpoint]: what is saved, when, and what a run starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from titan_lite.config.component import ConfigBase
+from titan_lite.config.errors import FILE_MISSING, NOT_AVAILABLE, Problem
+from titan_lite.config.fields import Count, Folder, PositiveInt, Strings
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+
+def _not_one(value: int) -> int:
+    if value == 1:
+        raise ValueError("must be 0 (keep all) or at least 2: the newest one may be incomplete while it is written")
+    return value
+
+
+class Checkpoint(ConfigBase):
+    """[checkpoint]: keys of torchtitan. Folders are job.dump_folder/folder/step-N."""
+
+    enable: bool = False
+    """Save, and resume from the newest checkpoint of the dump folder."""
+    enable_ft_dataloader_checkpoints: bool = True
+    """Idle: belongs to [fault_tolerance]."""
+    folder: Folder = "checkpoint"
+    """Folder of the checkpoints, inside job.dump_folder."""
+    interval: PositiveInt = 500
+    """Steps between saves (the last step is always saved)."""
+    initial_load_path: str = ""
+    """Checkpoint to start from where the run has none of its own: a step-N, checkpoint or dump folder."""
+    initial_load_model_only: bool = True
+    """Take only the weights from initial_load_path."""
+    initial_load_in_hf: bool = False
+    """initial_load_path is a Hugging Face folder."""
+    initial_load_in_hf_quantized: bool = False
+    """That folder holds quantized weights."""
+    last_save_model_only: bool = False
+    """Save only the weights at the last step (such a run cannot be trained further)."""
+    last_save_in_hf: bool = False
+    """Save the last step as a Hugging Face folder."""
+    export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
+    """Type of the weights in a save with last_save_model_only."""
+    async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
+    """Write in the background, after copying to host memory (page-locked with async_with_pinned_mem)."""
+    keep_latest_k: Annotated[Count, AfterValidator(_not_one)] = 10
+    """Newest checkpoints kept; 0 = all."""
+    load_step: Annotated[int, Field(ge=-1)] = -1
+    """Step to resume from; -1 = the newest complete one."""
+    exclude_from_loading: Strings = ()
+    """Parts of a checkpoint not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""
+    enable_first_step_checkpoint: bool = False
+    """Also save after step 1."""
+    create_seed_checkpoint: bool = False
+    """Not honoured: initial weights do not depend on the layout."""
+    load_only: bool = False
+    """Load, but never save."""
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        if not self.enable:
+            return
+        for key in ("initial_load_in_hf", "initial_load_in_hf_quantized", "last_save_in_hf"):
+            if getattr(self, key):
+                why = "is not available yet: Hugging Face folders are not read or written by the trainer"
+                yield Problem(NOT_AVAILABLE, f".{key}", why, True, "false")
+        if self.initial_load_path and not Path(self.initial_load_path).expanduser().exists():
+            yield Problem(FILE_MISSING, ".initial_load_path", "does not exist", self.initial_load_path)
+
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.create_seed_checkpoint:
+            yield "checkpoint.create_seed_checkpoint is not honoured: every layout starts from the same weights"

@@ -1,0 +1,34 @@
+"""What of a model and its optimizer goes into a checkpoint: tensors by name, the same names for every layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter as `model.<name>`, tied ones once."""
+    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Every state tensor as `optim.<parameter name>.<slot>`; the state must exist (`materialize_optimizer_state`)."""
+    return {
+        f"optim.{name}.{slot}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state[parameter].items()
+    }
+
+
+def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the optimizer create its state, so that a checkpoint can be read into it, by a step that changes nothing."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = group["weight_decay"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad()
+    for group, rate, decay in zip(optimizer.param_groups, rates, decays, strict=True):
+        group["lr"], group["weight_decay"] = rate, decay

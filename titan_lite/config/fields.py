@@ -1,0 +1,31 @@
+"""Field types that sections share: ranges of numbers, lists of names, folder names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _positive_or_minus_one(value: int) -> int:
+    if value < 1 and value != -1:
+        raise ValueError("must be -1 or at least 1")
+    return value
+
+
+def _printable(value: str) -> str:
+    if not value:
+        raise ValueError("must not be empty")
+    if not value.isprintable():
+        raise ValueError("must not contain control characters")
+    return value
+
+
+PositiveOrMinusOne = Annotated[int, AfterValidator(_positive_or_minus_one)]
+Folder = Annotated[str, AfterValidator(_printable)]
+Strings = Annotated[tuple[str, ...], Field(strict=False)]

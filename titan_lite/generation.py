@@ -1,0 +1,100 @@
+"""Sampling text from a model, one token at a time with cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class LayerCache:
+    """One layer's keys and values, (B, G, capacity, Dh), filled up to `cache.length`."""
+
+    def __init__(self, cache: KVCache):
+        self.cache = cache
+        self.k = self.v = torch.empty(0)
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes behind what is there and returns everything written so far."""
+        if not self.k.numel():
+            self.k = k.new_empty(*k.shape[:2], self.cache.capacity, k.shape[3])
+            self.v = v.new_empty(*v.shape[:2], self.cache.capacity, v.shape[3])
+        start, stop = self.cache.length, self.cache.length + k.shape[2]
+        assert stop <= self.cache.capacity, f"{stop} tokens in a cache for {self.cache.capacity}"
+        self.k[:, :, start:stop], self.v[:, :, start:stop] = k, v
+        return self.k[:, :, :stop], self.v[:, :, :stop]
+
+
+class KVCache:
+    """Keys and values of every executed layer, for up to `capacity` tokens. A `Memory` of the model's forward."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.length = 0
+        self.layers: dict[int, LayerCache] = {}
+
+    def layer(self, index: int) -> LayerCache:
+        return self.layers.setdefault(index, LayerCache(self))
+
+    def advance(self, tokens: int) -> None:
+        """Counts `tokens` as seen; call after each forward."""
+        self.length += tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn from the logits."""
+
+    temperature: float = 1.0
+    """Logits are divided by it; 0 = the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest; 0 = all."""
+    top_p: float = 1.0
+    """Draw among the likeliest tokens that together reach this probability, the one that reaches it included."""
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> int:
+        """Next token from logits (V,)."""
+        if self.temperature == 0:
+            return int(logits.argmax())
+        values, tokens = torch.sort(logits.float() / self.temperature, descending=True, stable=True)
+        if self.top_k:
+            values, tokens = values[: self.top_k], tokens[: self.top_k]
+        probabilities = values.softmax(-1)
+        if self.top_p < 1:
+            before = probabilities.cumsum(-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
+        return int(tokens[torch.multinomial(probabilities.cpu(), 1, generator=generator).item()])
+
+
+def last_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """The `Consume` of decoding: logits (B, 1, V) of the last position only."""
+    return F.linear(x[:, -1:], weight)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    device: torch.device,
+    end: int | None = None,
+) -> Iterator[int]:
+    """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    cache = KVCache(len(prompt) + max_new_tokens)
+    tokens = torch.tensor([list(prompt)], device=device)  # (1, T)
+    for _ in range(max_new_tokens):
+        # Decoding changes shapes with every token: compiled blocks run eagerly here.
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(tokens, memory=cache, consume=last_logits)
+        cache.advance(tokens.shape[1])
+        token = sampling.draw(logits[0, -1], generator)
+        if token == end:
+            return
+        yield token
+        tokens = torch.tensor([[token]], device=device)

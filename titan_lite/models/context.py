@@ -1,0 +1,51 @@
+"""What a forward pass tells its blocks. Passed down, never stored on a module."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class LayerMemory(Protocol):
+    """Where one layer's keys and values go between calls."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds this call's keys and values (B, G, T, Dh) and returns all that queries may attend to."""
+        ...
+
+
+class Memory(Protocol):
+    """What earlier calls left for this one."""
+
+    length: int
+    """Tokens seen before this call."""
+
+    def layer(self, index: int) -> LayerMemory:
+        """The part that belongs to executed layer `index`."""
+        ...
+
+
+class NoMemory:
+    """Training and plain forward passes: nothing came before, nothing is kept."""
+
+    length = 0
+
+    def layer(self, index: int) -> NoMemory:
+        return self
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+class Context(NamedTuple):
+    """Facts of one forward pass, shared by all blocks (the memory is narrowed to the layer by the stack)."""
+
+    positions: Tensor
+    """(T,) position of each query token; keys are counted from 0 up to the last query."""
+    documents: Tensor | None
+    """(B, T) document number of each token, or None where the rows are not packed."""
+    memory: Any
+    """A `Memory`; inside a block, its `LayerMemory`."""
+    prepared: dict[str, Any]
+    """What position encodings and attention kernels compute once per forward, by the key they chose."""

@@ -1,0 +1,4 @@
+"""Position encodings of the attention scores."""
+
+from titan_lite.models.position.base import Position as Position
+from titan_lite.models.position.rope import RoPE as RoPE

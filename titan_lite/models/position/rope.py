@@ -1,0 +1,47 @@
+"""Rotary position embeddings."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from titan_lite.models.context import Context
+from titan_lite.models.position.base import Position
+
+
+class RoPE(Position):
+    """Rotates the pair (j, j + Dh/2) of each query and key by position * theta^(-2j/Dh). Angles in float32.
+
+    Source: arXiv 2104.09864; half-split pairs as in GPT-NeoX and Hugging Face's Llama.
+    """
+
+    class Config(Position.Config):
+        type: Literal["rope"] = "rope"
+        theta: float = Field(10000.0, gt=0)
+        """Base of the frequencies."""
+
+    def __init__(self, config: Config, head_dim: int):
+        super().__init__()
+        self.theta, self.head_dim = config.theta, head_dim
+        self.key = f"rope {head_dim} {config.model_dump_json()}"
+
+    def prepare(self, context: Context) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (T, Dh/2)."""
+        exponents = (
+            torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=context.positions.device) / self.head_dim
+        )
+        angles = torch.outer(context.positions.to(torch.float32), self.theta**-exponents)
+        return angles.cos(), angles.sin()
+
+    def forward(self, q: Tensor, k: Tensor, prepared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        cos, sin = prepared
+        return rotate(q, cos, sin), rotate(k, cos, sin)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates (..., T, Dh) by angles given as cos and sin (T, Dh/2), in float32, back in x's dtype."""
+    first, second = x.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,0 +1,126 @@
+"""The modular transformer: embedding -> stack of blocks -> norm -> head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from titan_lite.config.component import ConfigBase
+from titan_lite.config.errors import Problem
+from titan_lite.models.attention import GQA, Attention
+from titan_lite.models.block import Block, Layer, SequentialBlock
+from titan_lite.models.context import Context, Memory, NoMemory
+from titan_lite.models.embedding import Embedding, TokenEmbedding
+from titan_lite.models.ffn import FFN, GLU
+from titan_lite.models.head import Head, LMHead
+from titan_lite.models.head.lm import Consume, all_logits
+from titan_lite.models.init import Init, TruncatedNormal
+from titan_lite.models.linear import DefaultLinear, Linear
+from titan_lite.models.module import Module
+from titan_lite.models.norm import Norm, RMSNorm
+from titan_lite.models.residual import PreNorm, Residual
+from titan_lite.models.stack import PlainStack, Stack
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+
+class Transformer(Module):
+    """Token ids (B, T) -> what `consume` makes of the last hidden states: by default logits (B, T, V)."""
+
+    class Config(ConfigBase):
+        name: str = ""
+        """Preset this model starts from; empty = the defaults below."""
+        flavor: str = ""
+        """Size of the preset."""
+        hf_assets_path: str = ""
+        """Folder with the tokenizer files of a published model."""
+        converters: list[str] = []
+        """Conversions of the model's matrices (float8)."""
+        print_after_conversion: bool = False
+        """Print the model after the converters ran."""
+        dim: int = Field(256, gt=0)
+        """Model width D."""
+        n_layers: int = Field(4, gt=0)
+        """Executed layers L."""
+        vocab_size: int = Field(0, ge=0)
+        """Rows of the embedding V; 0 = the tokenizer's, rounded up."""
+        embedding: Embedding.Config = TokenEmbedding.Config()
+        """From token ids to the residual stream."""
+        stack: Stack.Config = PlainStack.Config()
+        """Which block runs at which layer."""
+        block: Block.Config = SequentialBlock.Config()
+        """How the branches of a layer are arranged."""
+        residual: Residual.Config = PreNorm.Config()
+        """How a branch joins the residual stream."""
+        norm: Norm.Config = RMSNorm.Config()
+        """Every norm of the residual stream."""
+        attention: Attention.Config = GQA.Config()
+        """The branch that mixes tokens."""
+        ffn: FFN.Config = GLU.Config()
+        """The branch that works on each token."""
+        linear: Linear.Config = DefaultLinear.Config()
+        """Every matrix."""
+        head: Head.Config = LMHead.Config()
+        """From hidden states to logits."""
+        init: Init.Config = TruncatedNormal.Config()
+        """Distribution of the initial weights."""
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if self.flavor and not self.name:
+                yield Problem(
+                    code="E005", key=".flavor", value=self.flavor, why="a flavor needs the preset in model.name"
+                )
+
+        def layers(self) -> list[Layer]:
+            """The choices of each block."""
+            layer = Layer(self.block, self.attention, self.ffn, self.residual, self.norm, self.linear)
+            return [layer] * self.n_layers
+
+    def __init__(self, config: Config, vocab_size: int):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.embedding = config.embedding.build(vocab_size=vocab_size, dim=config.dim)
+        self.stack = config.stack.build(dim=config.dim, layers=config.layers())
+        self.norm = config.norm.build(dim=config.dim)
+        self.head = config.head.build(dim=config.dim, vocab_size=vocab_size, linear=config.linear)
+        self.tied = config.head.tied
+        # A plain dict: these modules are registered where they belong, in their attentions.
+        self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
+
+    def forward(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        memory: Memory | None = None,
+        consume: Consume = all_logits,
+    ) -> Tensor:
+        context = self._context(tokens, documents, NoMemory() if memory is None else memory)
+        x = self.embedding(tokens)  # (B, T, D)
+        x = self.stack(x, context)
+        return self.head(self.norm(x), self.embedding, consume)
+
+    def _context(self, tokens: Tensor, documents: Tensor | None, memory: Memory) -> Context:
+        positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
+        context = Context(positions, documents, memory, prepared={})
+        return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
+
+    def shard_units(self) -> Iterator[nn.Module]:
+        """What is gathered together, in the order of the forward. The rest of the parameters belong to the model itself.
+
+        A tied embedding is used at both ends, so it stays with the model, gathered from the first use to the last.
+        """
+        if not self.tied:
+            yield self.embedding
+        yield from self.stack.blocks.values()
+        if not self.tied:
+            yield self.head
+
+
+def padded_vocab_size(tokenizer_vocab_size: int) -> int:
+    """The tokenizer's vocabulary rounded up to a multiple of 64, which matrix kernels and tensor parallelism want."""
+    return -(-tokenizer_vocab_size // 64) * 64

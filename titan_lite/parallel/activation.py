@@ -1,0 +1,78 @@
+"""Activation checkpointing: what a block keeps for its backward and what it computes again. Source: arXiv 1604.06174."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from titan_lite.models.transformer import Transformer
+from titan_lite.parallel.config import ActivationCheckpoint
+
+SAVED_OPS = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+}
+"""What `selective` with option `op` keeps: communication, attention, and every second matrix product."""
+
+
+def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
+    """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
+    blocks = list(model.stack.blocks.values())
+    if config.mode == "none":
+        return
+    if config.mode == "selective" and config.selective_ac_option != "op":
+        every = int(config.selective_ac_option)
+        blocks = blocks[every - 1 :: every]
+    for block in blocks:
+        keywords: dict[str, Any] = {
+            "use_reentrant": False,
+            "preserve_rng_state": config.preserve_rng_state,
+            "determinism_check": config.determinism_check,
+            "early_stop": config.early_stop,
+            "debug": config.debug,
+        }
+        if config.mode == "selective" and config.selective_ac_option == "op":
+            shapes = _weight_shapes(block, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+            keywords["context_fn"] = partial(_per_op_contexts, shapes)
+        block.forward = _checkpointed(block.forward, keywords)
+
+
+def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Callable[..., Any]:
+    """`forward` under checkpoint. Replacing the bound method, not wrapping the module, keeps parameter names."""
+
+    def checkpointed(*args: Any) -> Any:
+        return checkpoint(forward, *args, **keywords)
+
+    return checkpointed
+
+
+def _weight_shapes(block: nn.Module, patterns: Sequence[str]) -> set[torch.Size]:
+    """Shapes (d_in, d_out) of the matrices whose name contains one of `patterns`."""
+    matrices = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
+    return {module.weight.t().shape for name, module in matrices if any(pattern in name for pattern in patterns)}
+
+
+def _per_op_contexts(recomputed_shapes: set[torch.Size]) -> tuple[Any, Any]:
+    counts: dict[str, int] = defaultdict(int)
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if op is torch.ops.aten.mm.default:
+            if args[1].shape in recomputed_shapes:
+                return CheckpointPolicy.PREFER_RECOMPUTE
+            phase = "recompute" if context.is_recompute else "forward"
+            counts[phase] += 1
+            return CheckpointPolicy.PREFER_RECOMPUTE if counts[phase] % 2 == 0 else CheckpointPolicy.MUST_SAVE
+        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)

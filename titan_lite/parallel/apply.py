@@ -1,0 +1,32 @@
+"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage, initial weights."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from titan_lite.models.init import initialize
+from titan_lite.models.spec import Spec
+from titan_lite.models.transformer import Transformer
+from titan_lite.parallel.activation import apply_activation_checkpointing
+from titan_lite.parallel.compile import compile_blocks
+from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
+from titan_lite.parallel.precision import Precision
+from titan_lite.parallel.world import World
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+
+def parallelize(model: Transformer, specs: dict[str, Spec], job: Job, world: World, precision: Precision) -> None:
+    """Turns a model on the meta device into this rank's part of it, on its device, with its initial weights."""
+    apply_activation_checkpointing(model, job.activation_checkpoint)
+    compile_blocks(model, job.compile)
+    offload = job.training.enable_cpu_offload
+    if world.mesh is not None:
+        reshard = job.parallelism.fsdp_reshard_after_forward != "never"
+        mesh = sharding_mesh(world.mesh)
+        apply_fsdp(model, mesh, precision.param, precision.reduce, reshard, offload)
+    model.to_empty(device=torch.device("cpu") if offload else world.device)
+    initialize(model, specs, job.model.init.build(n_layers=job.model.n_layers), job.debug.seed)

@@ -1,0 +1,224 @@
+"""Sections about how the model is laid out and computed: [parallelism] [activation_checkpoint] [compile] [quantize]."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from titan_lite.config.component import ConfigBase
+from titan_lite.config.errors import CROSS_FIELD, NOT_AVAILABLE, Problem
+from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+_NOT_YET = (
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+    "expert_parallel_degree",
+    "expert_tensor_parallel_degree",
+)
+
+
+class Parallelism(ConfigBase):
+    """[parallelism]: degrees of the layout; their product is the world size. Keys of torchtitan."""
+
+    data_parallel_replicate_degree: PositiveInt = 1
+    """Groups of ranks that hold the same weights and see different data."""
+    data_parallel_shard_degree: PositiveOrMinusOne = -1
+    """Ranks over which weights, gradients and optimizer states are sharded (FSDP2); -1 = all the others leave."""
+    fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
+    """Free the gathered weights after forward: default = always, but never with pipeline stages."""
+    tensor_parallel_degree: PositiveInt = 1
+    """Ranks over which each layer is split."""
+    disable_loss_parallel: bool = False
+    """Gather the logits before the loss under tensor parallelism."""
+    enable_async_tensor_parallel: bool = False
+    """Overlap tensor-parallel communication with computation."""
+    pipeline_parallel_degree: PositiveInt = 1
+    """Pipeline ranks."""
+    module_fqns_per_model_part: Annotated[tuple[Strings, ...], Field(strict=False)] | None = None
+    """Names of the modules of each pipeline stage; unset = split evenly."""
+    pipeline_parallel_first_stage_less_layers: Annotated[int, Field(ge=0)] = 1
+    """Layers the embedding counts for in an even split."""
+    pipeline_parallel_last_stage_less_layers: Annotated[int, Field(ge=0)] = 1
+    """Layers the head counts for in an even split."""
+    pipeline_parallel_layers_per_stage: PositiveInt | None = None
+    """Layers per stage; unset = from the schedule."""
+    pipeline_parallel_schedule: str = "1F1B"
+    """Pipeline schedule, by its name in torch.distributed.pipelining."""
+    pipeline_parallel_schedule_csv: str = ""
+    """File with a schedule of your own."""
+    pipeline_parallel_microbatch_size: PositiveInt = 1
+    """Sequences per pipeline micro-batch."""
+    pipeline_parallel_expert_parallel_overlap: bool = True
+    """Overlap expert communication with pipeline computation where the schedule can."""
+    context_parallel_degree: PositiveInt = 1
+    """Ranks over which each sequence is split."""
+    context_parallel_load_balancer: str = "headtail"
+    """How tokens are dealt to ranks so that causal attention costs each the same."""
+    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
+    """Collective that passes keys and values round."""
+    expert_parallel_degree: PositiveInt = 1
+    """Ranks over which experts are spread."""
+    expert_tensor_parallel_degree: PositiveInt = 1
+    """Ranks over which each expert is split."""
+    expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
+    """Library that moves tokens to experts."""
+
+    @property
+    def model_parallel_degree(self) -> int:
+        """Ranks that work on the same sequence."""
+        return self.tensor_parallel_degree * self.pipeline_parallel_degree * self.context_parallel_degree
+
+    def data_parallel_degree(self, world_size: int) -> int | None:
+        """Ranks that see different sequences; None where the degrees do not multiply to the world size."""
+        fixed = self.data_parallel_replicate_degree * self.model_parallel_degree
+        shard = self.data_parallel_shard_degree
+        shard = world_size // fixed if shard == -1 else shard
+        return self.data_parallel_replicate_degree * shard if shard and fixed * shard == world_size else None
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        for key in _NOT_YET:
+            if getattr(self, key) > 1:
+                yield Problem(NOT_AVAILABLE, f".{key}", "is not available yet", getattr(self, key), "1")
+        if world_size is not None and self.data_parallel_degree(world_size) is None:
+            yield self._does_not_fit(world_size)
+
+    def _does_not_fit(self, world_size: int) -> Problem:
+        factors = {"data_parallel_replicate_degree": self.data_parallel_replicate_degree}
+        if self.data_parallel_shard_degree != -1:
+            factors["data_parallel_shard_degree"] = self.data_parallel_shard_degree
+        others = ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
+        factors |= {key: getattr(self, key) for key in others if getattr(self, key) > 1}
+        product = " x ".join(f"{key} {value}" for key, value in factors.items())
+        if self.data_parallel_shard_degree == -1:
+            return Problem(
+                CROSS_FIELD,
+                ".data_parallel_replicate_degree",
+                f"{product} does not divide the world size {world_size}",
+                self.data_parallel_replicate_degree,
+                f"a divisor of {max(1, world_size // self.model_parallel_degree)}",
+            )
+        fixed = self.data_parallel_replicate_degree * self.model_parallel_degree
+        fits = (
+            f"-1 or {world_size // fixed}" if world_size % fixed == 0 else "-1 with degrees that divide the world size"
+        )
+        why = f"{product} is not the world size {world_size}"
+        return Problem(CROSS_FIELD, ".data_parallel_shard_degree", why, self.data_parallel_shard_degree, fits)
+
+
+def _op_or_every_nth(value: str) -> str:
+    if value != "op" and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise ValueError('must be "op" or a positive whole number in quotes')
+    return value
+
+
+class ActivationCheckpoint(ConfigBase):
+    """[activation_checkpoint]: what backward recomputes instead of keeping."""
+
+    mode: Literal["none", "full", "selective", "memory_budget"] = "selective"
+    """none; full = every block; selective = see selective_ac_option; memory_budget = the compiler chooses."""
+    selective_ac_option: Annotated[str, AfterValidator(_op_or_every_nth)] = "2"
+    """With mode selective: "n" = every n-th block; "op" = keep matrix products and attention, recompute the rest."""
+    per_op_sac_force_recompute_mm_shapes_by_fqns: Strings = ("moe.router.gate",)
+    """With "op": linear layers whose product is recomputed all the same."""
+    early_stop: bool = False
+    """Stop recomputing as soon as everything that backward needs is there."""
+    memory_budget: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """With mode memory_budget: share of the activations kept."""
+    visualize_memory_budget_pareto: bool = False
+    """With mode memory_budget: write the compiler's curve of memory over time."""
+    preserve_rng_state: bool = True
+    """Recompute with the random state of the forward."""
+    determinism_check: str = "default"
+    """Check that recomputed tensors look like the first ones: "default" or "none"."""
+    debug: bool = False
+    """Tell more when recomputed tensors differ."""
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        if self.mode == "memory_budget":
+            yield Problem(NOT_AVAILABLE, ".mode", "is not available yet", self.mode, '"none", "full" or "selective"')
+
+
+class Compile(ConfigBase):
+    """[compile]: torch.compile, per block."""
+
+    enable: bool = False
+    """Compile what `components` names."""
+    components: Annotated[tuple[Literal["model", "loss"], ...], Field(strict=False, min_length=1)] = ("model", "loss")
+    """Parts to compile."""
+    backend: str = "inductor"
+    """Backend of torch.compile."""
+
+
+class Float8Linear(ConfigBase):
+    """[quantize.linear.float8]: linear layers computed in float8 (torchao)."""
+
+    enable_fsdp_float8_all_gather: bool = False
+    """Gather the weights in float8."""
+    precompute_float8_dynamic_scale_for_fsdp: bool = False
+    """Compute all scales at once after the optimizer step."""
+    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
+    """Granularity of the scales."""
+    filter_fqns: Strings = ()
+    """Names of modules that stay as they are; "auto_filter_small_kn" = those too small to profit."""
+    emulate: bool = False
+    """Compute in high precision with float8 rounding."""
+
+
+class Float8GroupedMM(ConfigBase):
+    """[quantize.grouped_mm.float8]: experts computed in float8."""
+
+    fqns: Strings = ()
+    """Names of the modules."""
+
+
+class MXLinear(ConfigBase):
+    """[quantize.linear.mx]: linear layers computed in MXFP8."""
+
+    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
+    """Kernel of the column-wise cast."""
+    recipe_name: str = "mxfp8_cublas"
+    """Recipe of torchao."""
+    filter_fqns: Strings = ("head",)
+    """Names of modules that stay as they are."""
+
+
+class MXGroupedMM(ConfigBase):
+    """[quantize.grouped_mm.mx]: experts computed in MXFP8."""
+
+    recipe_name: str = "mxfp8"
+    """Recipe of torchao."""
+    fqns: Strings = ()
+    """Names of the modules."""
+
+
+class QuantizeLinear(ConfigBase):
+    """[quantize.linear]."""
+
+    float8: Float8Linear = Float8Linear()
+    """Linear layers in float8."""
+    mx: MXLinear = MXLinear()
+    """Linear layers in MXFP8."""
+
+
+class QuantizeGroupedMM(ConfigBase):
+    """[quantize.grouped_mm]."""
+
+    float8: Float8GroupedMM = Float8GroupedMM()
+    """Experts in float8."""
+    mx: MXGroupedMM = MXGroupedMM()
+    """Experts in MXFP8."""
+
+
+class Quantize(ConfigBase):
+    """[quantize]: settings of the converters that model.converters switches on; idle otherwise."""
+
+    linear: QuantizeLinear = QuantizeLinear()
+    """Linear layers."""
+    grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
+    """Experts."""

@@ -1,0 +1,164 @@
+"""The processes of a run: who this one is, how they talk, and how one step's micro-batches run through the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+
+from titan_lite.parallel.config import Parallelism
+
+STORE_VARIABLE = "TITAN_LITE_STORE"
+"""Path of the file through which the workers of one node meet, set by the launcher; without it torchrun's variables count."""
+
+SAVE_TIMEOUT = timedelta(days=1)
+"""Ranks wait for each other while a checkpoint is written, however slow the disk."""
+
+
+def pick_device() -> torch.device:
+    """This process's GPU, by `LOCAL_RANK`, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
+    """Joins through the launcher's file where it gave one, alone where this is the only process, else as torchrun says."""
+    path = os.environ.get(STORE_VARIABLE)
+    store = dist.FileStore(path, size) if path else dist.HashStore() if size == 1 else None
+    dist.init_process_group(
+        backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank if store else -1,
+        world_size=size if store else -1,
+        timeout=timeout,
+    )
+
+
+def data_parallel_mesh(parallelism: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
+    """Axes dp_replicate x dp_shard over all ranks; the process group must exist."""
+    degree = parallelism.data_parallel_degree(world_size)
+    assert degree is not None, "the config check lets no other degrees through"
+    replicate = parallelism.data_parallel_replicate_degree
+    return init_device_mesh(device_type, (replicate, degree // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all. A single CPU process needs no process group and has none."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh | None = None
+    """Axes dp_replicate and dp_shard; None without a process group."""
+    host_group: dist.ProcessGroup | None = None
+    """gloo, for small host-side agreements."""
+    save_group: dist.ProcessGroup | None = None
+    """gloo, for checkpoints written in the background."""
+
+    @classmethod
+    def connect(cls, parallelism: Parallelism, device: torch.device, sharded: bool, timeout_seconds: int) -> World:
+        """Joins the process group that the environment describes (`RANK`, `WORLD_SIZE`, ...; one process without them).
+
+        `sharded` asks for a mesh even where one process is alone, because FSDP also does the mixed precision.
+        """
+        if not dist.is_initialized():
+            rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+            if size == 1 and not sharded:
+                return cls(rank, size, device)
+            _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
+        mesh = data_parallel_mesh(parallelism, dist.get_world_size(), device.type)
+        host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group)
+
+    def set_timeout(self, seconds: int) -> None:
+        """How long a collective of the training loop may take from now on."""
+        for group in (dist.group.WORLD, self.host_group):
+            if group is not None:
+                _set_pg_timeout(timedelta(seconds=seconds), group)
+
+    @property
+    def layout(self) -> str:
+        """The layout in words, for people."""
+        if self.mesh is None:
+            return "one process"
+        replicate, shard = self.mesh.shape
+        return f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
+
+    @property
+    def dp_size(self) -> int:
+        """Ranks that read different rows of the batch."""
+        return self.size
+
+    @property
+    def dp_rank(self) -> int:
+        """Which of them this is."""
+        return self.rank
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, on every rank, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.host_group)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        if self.size > 1:
+            dist.barrier(group=self.host_group)
+
+    def total(self, *values: float) -> list[float]:
+        """Sums over the ranks, element by element, of host numbers (exact for integers below 2^53)."""
+        totals = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(totals, group=self.host_group)
+        return totals.tolist()
+
+    def total_tensor(self, value: Tensor) -> Tensor:
+        """Sum over the ranks of a tensor on the device; the argument stays as it is."""
+        if self.size == 1:
+            return value
+        summed = value.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
+        """Runs forward and backward of each micro-batch's loss; gradients are summed over ranks in the last one only.
+
+        `losses` are thunks, `last` the index of the last one. Returns this rank's sum of the losses, detached.
+        """
+        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        for index, loss_of in enumerate(losses):
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(index == last)
+            loss = loss_of()
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def close(self) -> None:
+        """Leaves the process group."""
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,1 @@
+"""What surrounds the training loop: signals, logging, metrics, validation."""

@@ -1,0 +1,29 @@
+"""Samples from the model at the end of training."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from titan_lite.data.pieces import prompt_ids
+from titan_lite.generation import Sampling, generate
+
+if TYPE_CHECKING:
+    from titan_lite.data.tokenizer import Tokenizer
+    from titan_lite.run.config import Generation
+    from titan_lite.step import Training
+
+logger = logging.getLogger(__name__)
+
+
+def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
+    """Logs one continuation per prompt. All ranks draw the same tokens, since a sharded model needs them all in each forward."""
+    training.model.eval()
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    for prompt in config.prompts:
+        ids = prompt_ids(tokenizer, bos, prompt)
+        tokens = generate(
+            training.model, ids, config.max_new_tokens, sampling, config.seed, training.world.device, tokenizer.eos_id
+        )
+        logger.info("Sample: %s%s", prompt, tokenizer.decode(list(tokens)))
+    training.model.train()

@@ -1,0 +1,27 @@
+"""A worker process: `python -m titan_lite.train CONFIG.toml [--section.key=value ...]`, started by `titan_lite.launch`.
+
+The first lines run before torch is imported: from then on the worker dies with its launcher and no stop signal is lost.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from titan_lite.run.signals import StopFlag, die_with_parent
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, then train. Returns the exit code."""
+    die_with_parent()
+    stop = StopFlag().install()
+    from titan_lite.config.errors import main_guard
+
+    with main_guard():
+        from titan_lite.config.load import load_job
+        from titan_lite.trainer import Trainer
+
+        return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

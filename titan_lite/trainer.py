@@ -1,0 +1,283 @@
+"""The life of a run: join the others, build, resume, then step, validate, save and tell, until it is done or asked to stop."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
+from titan_lite.checkpoint.manager import CheckpointManager
+from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
+from titan_lite.checkpoint.world import agreed
+from titan_lite.config.errors import CROSS_FIELD, ConfigError
+from titan_lite.config.load import to_toml
+from titan_lite.data.batch import IGNORE, Batch
+from titan_lite.data.loader import TrainBatches, data_fingerprint, train_batches, validation_batches
+from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.job import Job
+from titan_lite.models.transformer import padded_vocab_size
+from titan_lite.parallel.precision import Precision
+from titan_lite.parallel.world import World, pick_device
+from titan_lite.run.determinism import seed_everything, set_deterministic
+from titan_lite.run.facts import run_facts
+from titan_lite.run.hooks import StepResult
+from titan_lite.run.lock import RunLock
+from titan_lite.run.logging import logger, setup_logging
+from titan_lite.run.observe import build_hooks
+from titan_lite.run.sample import log_samples
+from titan_lite.run.signals import EXIT_STOPPED, StopFlag
+from titan_lite.run.validate import validate
+from titan_lite.step import MicroBatch, StepTensors, build, step
+
+
+@dataclass
+class Progress:
+    """How far the run is. Saved as JSON with every checkpoint."""
+
+    step: int
+    """Optimizer steps done."""
+    tokens_seen: int
+    """Targets trained on, over all ranks."""
+    global_batch_size: int
+    """Rows per step; they are lanes of the data, so the number stays for the run's life."""
+    cursors: list[Any] | None
+    """Where each row of the global batch goes on reading; None at the very start."""
+
+
+class Trainer:
+    """One worker's part of a run. `run` returns the exit code."""
+
+    def __init__(self, job: Job, stop: StopFlag):
+        self.job, self.stop = job, stop
+        self.folder = Path(job.job.dump_folder)
+        self.first_step_done = False
+
+    def run(self) -> int:
+        """Trains to `training.steps`, or until a signal asks to stop: 0, or 75 with everything saved."""
+        job = self.job
+        if job.debug.deterministic:
+            set_deterministic(job.debug.deterministic_warn_only)
+        seed_everything(job.debug.seed)
+        device = pick_device()
+        self.precision = Precision.of(job.training, device)
+        sharded = self.precision.mixed or job.training.enable_cpu_offload
+        self.world = World.connect(job.parallelism, device, sharded, job.comm.init_timeout_seconds)
+        setup_logging(self.world.rank, color=not job.metrics.disable_color_printing)
+        with ExitStack() as stack:
+            stack.callback(self.world.close)
+            with agreed(self.world):
+                if self.world.rank == 0:
+                    stack.enter_context(RunLock(self.folder))
+            self._prepare()
+            if self.progress.step >= job.training.steps:
+                logger.info(f"Nothing to do: {self.folder} is at step {self.progress.step} of {job.training.steps}")
+                return 0
+            return self._train()
+
+    def _prepare(self) -> None:
+        """Everything up to the first step: tokenizer, model, checkpoint, data."""
+        job, world = self.job, self.world
+        with agreed(world):
+            self.tokenizer: Tokenizer = job.tokenizer.build()
+            vocab_size = self._vocab_size()
+        self.training = build(job, world, self.precision, vocab_size)
+        self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
+        self.progress = Progress(0, 0, self._first_global_batch_size(), None)
+        self.resumed_from = self._resume()
+        self.accumulation = self._accumulation()
+
+    def _vocab_size(self) -> int:
+        """Rows of the embedding; the tokenizer must fit into them."""
+        wanted, have = self.job.model.vocab_size, self.tokenizer.vocab_size
+        if wanted and wanted < have:
+            raise ConfigError.at(
+                "model.vocab_size",
+                f"is smaller than the tokenizer's vocabulary of {have}",
+                wanted,
+                f"at least {have}, or 0 for the tokenizer's own size rounded up",
+                code=CROSS_FIELD,
+            )
+        return wanted or padded_vocab_size(have)
+
+    def _first_global_batch_size(self) -> int:
+        training = self.job.training
+        given = training.global_batch_size
+        return training.local_batch_size * self.world.dp_size if given == -1 else given
+
+    def _accumulation(self) -> int:
+        """Micro-batches per step; the global batch is the run's, the rest this start's."""
+        size, unit = self.progress.global_batch_size, self.job.training.local_batch_size * self.world.dp_size
+        if size % unit:
+            raise ConfigError.at(
+                "training.local_batch_size",
+                f"times the data-parallel degree {self.world.dp_size} does not divide the run's global batch of {size}",
+                self.job.training.local_batch_size,
+                f"a divisor of {size // self.world.dp_size}"
+                if size % self.world.dp_size == 0
+                else "another rank count",
+                code=CROSS_FIELD,
+            )
+        return size // unit
+
+    def _checkpoint_facts(self) -> CheckpointFacts:
+        job = self.job
+        return CheckpointFacts(
+            config=to_toml(job),
+            model=job.model.model_dump(mode="json"),
+            tokenizer=self.tokenizer.fingerprint(),
+            data=data_fingerprint(job.data),
+            layout=dict(zip(("dp_replicate", "dp_shard"), self.world.mesh.shape, strict=True))
+            if self.world.mesh
+            else {},
+        )
+
+    # ---- checkpoints
+
+    def _tensors(self) -> dict[str, Tensor]:
+        model, optimizer = self.training.model, self.training.optimizer
+        return model_tensors(model) | optimizer_tensors(model, optimizer)
+
+    def _resume(self) -> str | None:
+        """Goes on where the newest checkpoint stopped, or starts from another run's weights; returns where from."""
+        start = self.checkpoints.start()
+        if start is None:
+            return None
+        if start.model_only:
+            self.checkpoints.load(start, model_tensors(self.training.model))
+            return str(start.folder)
+        materialize_optimizer_state(self.training.optimizer)
+        state = self.checkpoints.load(start, self._tensors())
+        given = self.job.training.global_batch_size
+        if start.resume and given not in (-1, state.get("global_batch_size", given)):
+            raise ConfigError.at(
+                "training.global_batch_size",
+                f"the run in {self.folder} has {state['global_batch_size']} rows per step, each a lane of the data",
+                given,
+                f"{state['global_batch_size']} or -1",
+                code=CROSS_FIELD,
+            )
+        self.progress = Progress(**(vars(self.progress) | state))
+        return str(start.folder)
+
+    def _save(self, last: bool = False) -> None:
+        start = time.perf_counter()
+        step = self.progress.step
+        cursors = [cursor for rank in self.world.gather(self.cursors) for cursor in rank]
+        self.checkpoints.save(step, self._tensors(), vars(self.progress) | {"cursors": cursors}, last=last)
+        self.hooks.on_checkpoint(step, self.checkpoints.folder / f"step-{step}", time.perf_counter() - start)
+
+    # ---- the loop
+
+    def _batches(self) -> TrainBatches:
+        """This rank's rows of each global batch from here on: a contiguous share of the lanes."""
+        job, progress = self.job, self.progress
+        share = progress.global_batch_size // self.world.dp_size
+        rows = range(self.world.dp_rank * share, (self.world.dp_rank + 1) * share)
+        self.cursors = None if progress.cursors is None else [progress.cursors[row] for row in rows]
+        return train_batches(
+            job.data,
+            self.tokenizer,
+            seq_len=job.training.seq_len,
+            lanes=progress.global_batch_size,
+            rows=rows,
+            seed=job.debug.seed,
+            settings=job.training.dataloader,
+            cursors=self.cursors,
+        )
+
+    def _train(self) -> int:
+        job, world = self.job, self.world
+        with agreed(world):
+            batches = self._batches()
+        self.hooks = build_hooks(job, world.rank, world.device)
+        reason = "failed"
+        try:
+            if world.rank == 0:
+                (self.folder / "config.toml").write_text(to_toml(job))
+            self.hooks.on_start(
+                run_facts(job, self.training, self.precision, self.progress, self.accumulation, self.resumed_from)
+            )
+            if job.validation.enable and self.progress.step == 0:
+                self._validate()
+            self._steps(batches)
+            stopped = self.progress.step < job.training.steps
+            if stopped:
+                reason = f"stopped: {self.stop.signal_name or 'a signal to another rank'}"
+                return self._save_and_stop()
+            self.checkpoints.wait(raises=True)
+            reason = "completed"
+        finally:
+            self.hooks.on_end(reason)
+            batches.close()
+        log_samples(self.training, self.tokenizer, job.data.bos, job.generation)
+        return 0
+
+    def _steps(self, batches: TrainBatches) -> None:
+        """Steps until the run is done or a signal came to any rank."""
+        progress, world = self.progress, self.world
+        while progress.step < self.job.training.steps:
+            began = time.perf_counter()
+            batch = next(batches)
+            data_seconds = time.perf_counter() - began
+            # The ranks' token counts and stop requests meet before the step, so a request is served at the end of the last one.
+            tokens, stopping = world.total((batch.targets != IGNORE).sum().item(), bool(self.stop))
+            if stopping:
+                return
+            result = step(self.training, self._micro_batches(batch), tokens, progress.step)
+            progress.step += 1
+            progress.tokens_seen += int(tokens)
+            self.cursors = batch.cursors
+            self._after_step(result, int(tokens), data_seconds, time.perf_counter() - began)
+
+    def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
+        size = self.job.training.local_batch_size
+        parts = zip(batch.tokens.split(size), batch.targets.split(size), batch.documents.split(size), strict=True)
+        return [MicroBatch(*part) for part in parts]
+
+    def _after_step(self, tensors: StepTensors, tokens: int, data_seconds: float, step_seconds: float) -> None:
+        """Tells, validates and saves, as far as it is time for it."""
+        job, progress = self.job, self.progress
+        if not self.first_step_done:
+            self.world.set_timeout(job.comm.train_timeout_seconds)
+            self.first_step_done = True
+        self.hooks.on_step(
+            StepResult(
+                step=progress.step,
+                loss=tensors.loss,
+                grad_norm=tensors.grad_norm,
+                lr=tensors.lr,
+                tokens_seen=progress.tokens_seen,
+                tokens=tokens,
+                data_seconds=data_seconds,
+                step_seconds=step_seconds,
+            )
+        )
+        last = progress.step == job.training.steps
+        if job.validation.enable and (last or progress.step % job.validation.freq == 0):
+            self._validate()
+        self.checkpoints.poll()
+        if self.checkpoints.due(progress.step, last):
+            self._save(last)
+
+    def _validate(self) -> None:
+        job, world = self.job, self.world
+        batches = validation_batches(
+            job.data, job.validation, self.tokenizer, dp_rank=world.dp_rank, dp_size=world.dp_size
+        )
+        self.hooks.on_validation(validate(self.training, batches, self.tokenizer.token_bytes, self.progress.step))
+
+    def _save_and_stop(self) -> int:
+        """A signal came: saves what is not saved yet. 75 where the run can go on, 1 where nothing could be saved."""
+        if not self.checkpoints.due(self.progress.step, last=True):
+            logger.error("Stopped on a signal; checkpoint.enable is false, so nothing was saved")
+            return 1
+        if self.progress.step > 0:
+            self._save()
+        self.checkpoints.wait(raises=True)
+        return EXIT_STOPPED
