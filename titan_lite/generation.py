@@ -66,7 +66,8 @@ class Sampling:
         if self.top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-        return int(tokens[torch.multinomial(probabilities.cpu(), 1, generator=generator).item()])
+        chosen = torch.multinomial(probabilities.cpu(), 1, generator=generator)
+        return int(tokens.cpu()[chosen])
 
 
 def last_logits(x: Tensor, weight: Tensor) -> Tensor:

@@ -15,12 +15,12 @@ from torch.nn.utils import clip_grad_norm_
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
-from titan_lite.objectives.cross_entropy import CrossEntropy, summed_cross_entropy
+from titan_lite.objectives.cross_entropy import CrossEntropy
 from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
-from titan_lite.parallel.compile import compile_loss
+from titan_lite.parallel.compile import loss_compiler
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 
@@ -67,7 +67,6 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int) -> Trai
     specs = collect_specs(model)
     parallelize(model, specs, job, world, precision)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
-    token_loss = compile_loss(summed_cross_entropy, job.compile)
     return Training(
         world=world,
         model=model,
@@ -75,13 +74,13 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int) -> Trai
         optimizer=optimizer,
         schedule=job.lr_scheduler.build(steps=job.training.steps),
         peak_lr=job.optimizer.lr,
-        objective=LanguageModeling(CrossEntropy(job.training.loss_chunk_tokens, token_loss)),
+        objective=LanguageModeling(CrossEntropy(job.training.loss_chunk_tokens, loss_compiler(job.compile))),
         max_norm=job.training.max_norm,
     )
 
 
 def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, index: int) -> StepTensors:
-    """One optimizer step, the `index`-th from 0, on this rank's micro-batches; `n_tokens` counts the targets of all ranks."""
+    """One optimizer step, the `index`-th from 0, on this rank's micro-batches; `n_tokens` counts all ranks' targets."""
     lr = training.peak_lr * training.schedule.factor(index)
     for group in training.optimizer.param_groups:
         group["lr"] = lr

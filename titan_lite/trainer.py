@@ -1,4 +1,4 @@
-"""The life of a run: join the others, build, resume, then step, validate, save and tell, until it is done or asked to stop."""
+"""The life of a run: join the others, build, resume, then step, validate, save and tell until done or stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
@@ -225,7 +224,7 @@ class Trainer:
             began = time.perf_counter()
             batch = next(batches)
             data_seconds = time.perf_counter() - began
-            # The ranks' token counts and stop requests meet before the step, so a request is served at the end of the last one.
+            # All ranks' token counts and stop requests meet before a step; a request is served at the end of the last.
             tokens, stopping = world.total((batch.targets != IGNORE).sum().item(), bool(self.stop))
             if stopping:
                 return

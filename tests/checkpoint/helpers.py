@@ -17,7 +17,7 @@ from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.world import Alone, World
 
 FACTS = RunFacts('[model]\nname = "tiny"\n', {"dim": 4, "attention": {"n_heads": 2}}, tokenizer="t0", data="d0")
-STATE = {"step": 1, "tokens_seen": 2**40 + 1, "data": {"lanes": [[0, 1], [2, 3]]}}
+STATE = {"step": 1, "tokens_seen": 2**40 + 1, "cursors": [[0, 1], [2, 3]]}
 
 
 def make_manager(folder: Path, world: World | None = None, facts: RunFacts = FACTS, **config: Any) -> CheckpointManager:

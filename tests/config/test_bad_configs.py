@@ -100,7 +100,10 @@ CASES: dict[str, tuple[str, Found]] = {
     ),
     "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E011", 2, "activation_checkpoint.mode")]),
     "converters": ('[model]\nconverters = ["quantize.linear.float8"]', [("E011", 2, "model.converters")]),
-    "step in backward": ("[optimizer]\nearly_step_in_backward = true", [("E011", 2, "optimizer.early_step_in_backward")]),
+    "step in backward": (
+        "[optimizer]\nearly_step_in_backward = true",
+        [("E011", 2, "optimizer.early_step_in_backward")],
+    ),
     "Hugging Face checkpoint": (
         "[checkpoint]\nenable = true\ninitial_load_in_hf = true",
         [("E011", 3, "checkpoint.initial_load_in_hf")],
@@ -110,6 +113,7 @@ CASES: dict[str, tuple[str, Found]] = {
     "key twice": ("[training]\nsteps = 3\nsteps = 4", [("E007", 3, "")]),
     "table twice": ("[training]\n[metrics]\n[training]", [("E007", 3, "")]),
     "nested too deep": ("x = " + "[" * 5000 + "]" * 5000, [("E007", 1, "")]),
+    "nested too deep for us": ("a = 1\nx = " + "[" * 150 + "]" * 150, [("E007", 2, "")]),
     "tables too deep": ("a = 1\n[" + ".".join("t" * 200) + "]", [("E007", 2, "")]),
     "too many digits": ("[training]\nsteps = " + "9" * 5000, [("E007", 1, "")]),
     "schema and cross-field together": (
@@ -187,7 +191,9 @@ def test_what_a_problem_says(write) -> None:
     file = write("[optimizer]\nbeta1 = 1.5")
     with pytest.raises(ConfigError) as caught:
         load_job(file)
-    assert str(caught.value) == f"E003  {file}:2  optimizer.beta1 = 1.5\n    is out of range\n    allowed: 0 <= value < 1"
+    assert (
+        str(caught.value) == f"E003  {file}:2  optimizer.beta1 = 1.5\n    is out of range\n    allowed: 0 <= value < 1"
+    )
 
 
 def test_defaults_that_stand_in_for_broken_values_are_not_blamed(write) -> None:

@@ -65,7 +65,10 @@ SOURCE = '[data.source]\ntype = "huggingface"\npath = "org/set"\ntext_key = "bod
 @pytest.mark.parametrize(
     ("over", "expected"),
     [
-        ('[data.source]\nsplit = "test"', {"type": "huggingface", "path": "org/set", "text_key": "body", "split": "test"}),
+        (
+            '[data.source]\nsplit = "test"',
+            {"type": "huggingface", "path": "org/set", "text_key": "body", "split": "test"},
+        ),
         ('[data.source]\ntype = "huggingface"', {"type": "huggingface", "path": "org/set", "text_key": "body"}),
         ('[data]\nsource = "huggingface"', {"type": "huggingface", "path": "org/set", "text_key": "body"}),
         ('[data.source]\ntype = "python_stdlib"', {"type": "python_stdlib"}),
@@ -93,8 +96,7 @@ def test_every_preset_loads_and_writes_itself(write, name: str, flavor: str) -> 
     assert again.warnings == ()
 
 
-# (dim, layers, heads, key/value heads, FFN width, tied) of arXiv 2407.21783, table 3, and the model cards of 3.2; parameters
-# as published there or, for 1B and 3B, counted from the released weights.
+# (dim, layers, heads, key/value heads, FFN width, tied, parameters) of arXiv 2407.21783, table 3, and the model cards.
 PUBLISHED = {
     "1B": (2048, 16, 32, 8, 8192, True, 1_235_814_400),
     "3B": (3072, 28, 24, 8, 8192, True, 3_212_749_824),
@@ -162,6 +164,8 @@ C4 = {"type": "huggingface", "path": "allenai/c4", "name": "en", "split": "train
         ("", '[training]\ndataset = "c4"\n[data.source]\ntype = "huggingface"', [], C4),
         ("", '[data.source]\ntype = "files"\npath = "x"', ["--training.dataset=c4"], C4),
         ('[training]\ndataset = "c4"', '[data.source]\ntype = "python_stdlib"', [], {"type": "python_stdlib"}),
+        (SOURCE + 'data_files = ["x"]', '[training]\ndataset = "c4"', [], {**C4, "data_files": ()}),
+        (SOURCE, "", ["--training.dataset=hf:org/other"], {"path": "org/other", "text_key": "text"}),
     ],
 )
 def test_dataset_is_shorthand_for_a_source(write, base, file, overrides, expected) -> None:

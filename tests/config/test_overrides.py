@@ -33,9 +33,12 @@ ACCEPTED = [
     (["--tokenizer=bytes"], "tokenizer.type", "bytes"),
     (["--data.source=huggingface", "--data.source.path=org/set"], "data.source.path", "org/set"),
     (["--data.source.path=org/set", "--data.source.type=huggingface"], "data.source.path", "org/set"),
+    (["--data.source.path=org/set", "--data.source=huggingface"], "data.source.path", "org/set"),
     (["--data.source.type=files", "--data.source.path=8"], "data.source.path", "8"),
     (["--data.source.type=files", '--data.source.path=["8", "9"]'], "data.source.path", ("8", "9")),
     (["--training.dataset=c4"], "data.source.path", "allenai/c4"),
+    (["--training.compile"], "compile.enable", True),
+    (["--checkpoint.no_enable_checkpoint"], "checkpoint.enable", False),
     (["--training.batch_size", "2"], "training.local_batch_size", 2),
     (["--optimizer.name=AdamW"], "optimizer.type", "adamw"),
     (["--model.name=llama3", "--model.flavor=8B"], "model.dim", 4096),
@@ -65,7 +68,7 @@ REFUSED = [
     (["training.steps=7"], "E012", ""),
     (["--training..steps=7"], "E012", ""),
     (["--"], "E012", ""),
-    (["--model.norm=rmsnorm", "--model.norm.eps=1e-3"], "E012", "model.norm.eps"),
+    (["--training.steps=4", "--training.steps.x=3"], "E012", "training.steps.x"),
 ]
 
 

@@ -43,7 +43,7 @@ keys = st.text("ab.\" '#=[]é\n\\", max_size=4)
 trees = st.dictionaries(
     keys,
     st.recursive(
-        st.one_of(st.integers(), st.booleans(), st.text("ab\"'\\\n#[]{}=,", max_size=6)),
+        st.one_of(st.integers(), st.booleans(), st.text("ab\"'\\\n\r\t\x7f\u2028#[]{}=,", max_size=6)),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
         max_leaves=8,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,10 +34,8 @@ def hang() -> None:
     time.sleep(1000)
 
 
-def kill_rank_one() -> None:
-    if dist.get_rank() == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(1000)
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_results_come_by_rank_and_processes_are_reused(pool2: WorkerPool) -> None:
@@ -49,22 +48,21 @@ def test_results_come_by_rank_and_processes_are_reused(pool2: WorkerPool) -> Non
     assert pool2.run(process_id) == pids
 
 
-@pytest.mark.parametrize(
-    ("fn", "timeout", "message"),
-    [
-        (raise_on_rank_one, 60.0, "rank one objects"),
-        (kill_rank_one, 60.0, "exit code -9"),
-        (hang, 1.0, "no result within 1 s"),
-    ],
-)
-def test_a_failure_is_named(fn, timeout: float, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_raising_rank_is_named_and_leaves_a_usable_pool(pool2: WorkerPool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tests.distributed.pool.SETTLE_SECONDS", 0.2)
-    pool = WorkerPool(2)
+    with pytest.raises(AssertionError, match="rank one objects"):
+        pool2.run(raise_on_rank_one)
+    assert len(set(pool2.run(process_id))) == 2
+
+
+@pytest.mark.parametrize(
+    ("fn", "timeout", "message"), [(die, 60.0, "exit code -9"), (hang, 1.0, "no result within 1 s")]
+)
+def test_death_and_hanging_end_the_test_not_the_suite(fn: Callable[[], None], timeout: float, message: str) -> None:
+    pool = WorkerPool(1)
     try:
         with pytest.raises(AssertionError, match=message):
             pool.run(fn, timeout=timeout)
-        if fn is hang:
-            assert len(set(pool.run(process_id))) == 2
     finally:
         pool.close()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from titan_lite import agent
 from titan_lite.launch import read_cluster, run_workers
 from titan_lite.relay import SignalRelay
 
@@ -64,7 +65,8 @@ def toy_launcher(folder: Path, *arguments: str, **environment: str) -> Iterator[
 
 def _launch(folder: Path, arguments: tuple[str, ...], cluster: dict[str, str], error_file: Path) -> None:
     os.dup2(os.open(error_file, os.O_WRONLY | os.O_CREAT), 2)
-    os.environ.update(cluster, PYTHONPATH=str(ROOT))
+    os.environ.update(cluster, PYTHONPATH=str(ROOT), TMPDIR=str(folder))  # what a killed launcher leaves goes there
+    agent.SETTLE_SECONDS = 0.2
     relay = SignalRelay().listen()
     command = [sys.executable, "-u", str(Path(__file__).with_name("toy_worker.py")), str(folder), *arguments]
     sys.exit(run_workers(command, read_cluster(os.environ), folder, relay))

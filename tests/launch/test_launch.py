@@ -1,4 +1,4 @@
-"""The launcher's own part: the config is checked before any process starts, and the workers get the user's arguments."""
+"""The launcher's own part: the config is checked before any process starts; the workers get the user's arguments."""
 
 from __future__ import annotations
 

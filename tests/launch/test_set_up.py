@@ -111,8 +111,9 @@ def test_an_active_environment_with_this_checkout_is_used_as_it_is(machine: Mach
 def test_any_other_active_environment_is_left_alone(machine: Machine, installed: str) -> None:
     checkout = {"another": machine.folder / "elsewhere", "none": None, "not editable": machine.checkout}[installed]
     active = machine.environment("active", checkout, editable=installed != "not editable")
-    # Importable is not installed.
-    code, python, _ = machine.choose(active=active, PYTHONPATH=str(machine.checkout))
+    # Found on PYTHONPATH is not installed, not even with metadata.
+    elsewhere = machine.environment("third", machine.checkout).parent / f"lib/python{VERSION}/site-packages"
+    code, python, _ = machine.choose(active=active, PYTHONPATH=f"{elsewhere}:{machine.checkout}")
     assert (code, python) == (0, str(machine.checkout / ".venv/bin/python"))
 
 

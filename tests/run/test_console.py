@@ -101,7 +101,8 @@ def test_facts(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 60)
     ConsoleSink().start(run_facts(folder, start_step=120, resumed_from="step-120", warnings=("old key", "[b]")))
     text = stream.getvalue()
-    assert text.startswith("[titan]") and "WARNING - old key" in text
+    assert text.startswith("[titan]")
+    assert "WARNING - old key" in text
     assert "WARNING - [b]\n" in text  # not markup
     assert "6,163,456 parameters (6,032,384 without embedding), 41.2 MFLOPs per token" in text
     assert "FSDP 2; 2 x NVIDIA A100-SXM4-80GB, peak 3.120e+14 FLOP/s" in text
@@ -207,7 +208,8 @@ def test_a_reader_that_leaves_does_not_stop_the_run() -> None:
     with subprocess.Popen(
         [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root
     ) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         assert b"line 0" in process.stdout.readline()
         process.stdout.close()
         assert process.stderr.read() == b"reached the end\n"

@@ -47,7 +47,8 @@ def test_a_step_has_exactly_the_contract_keys_and_exact_numbers(tmp_path: Path) 
     assert line["z_loss"] == 1 / 7
     assert line["mfu"] is None
     assert (line["step"], line["tokens_seen"], line["data_seconds"]) == (1, 1000, 0.0625)
-    assert isinstance(line["memory_gib"], float) and 0.01 < line["memory_gib"] < 100
+    assert isinstance(line["memory_gib"], float)
+    assert 0.01 < line["memory_gib"] < 100
 
 
 def test_a_validation_line_has_no_loss(tmp_path: Path) -> None:

@@ -146,7 +146,8 @@ def test_totals(tmp_path: Path) -> None:
     (totals,) = recorder.totals
     assert (totals.steps, totals.tokens, totals.seconds) == (8, 8000, 8.0)
     assert totals.tokens_per_second == 8000 / 4 / 2
-    assert totals.last is not None and totals.last.step == 10
+    assert totals.last is not None
+    assert totals.last.step == 10
     assert totals.validation is None
 
 

@@ -68,6 +68,7 @@ def test_memory_snapshots_need_cuda(tmp_path: Path) -> None:
         MemorySnapshotHook(CONFIG, tmp_path, 0, CPU)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_memory_snapshots_on_cuda(tmp_path: Path) -> None:
     hook = MemorySnapshotHook(CONFIG, tmp_path, 0, torch.device("cuda"))

@@ -39,8 +39,10 @@ from titan_lite.config.errors import BAD_INPUT, ConfigError, Problem
 log = logging.getLogger(__name__)
 
 # torchtitan's names for the parts of a checkpoint, as `exclude_from_loading` takes them
-PARTS = {"optimizer": "optim", "dataloader": "data"}
+PARTS = {"optimizer": "optim", "dataloader": "cursors"}
+CURSORS = PARTS["dataloader"]
 TRAIN_STATE = "train_state"
+STEP = "step"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class CheckpointManager:
         self._writes = config.enable and not config.load_only
         self._background = Background()
         self._running: SaveRequest | None = None
+        self._failure: SaveError | None = None
         self._snapshot = Snapshot(keep=config.async_mode == "async_with_pinned_mem")
         if self._writes and world.rank == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +153,7 @@ class CheckpointManager:
                 ("tokenizer", manifest.tokenizer, self.facts.tokenizer),
                 ("data", manifest.data, self.facts.data),
             ):
-                left_out = part == "data" and selects(self._parts(), part)
+                left_out = part == "data" and CURSORS in self._parts()
                 if saved and ours and saved != ours and not left_out:
                     why = (
                         f"{start.folder} was written with another {part}: its fingerprint is {saved}, this run's {ours}"
@@ -168,8 +171,10 @@ class CheckpointManager:
             [part for part in parts if any(selects([part], name) for name in [*names, TRAIN_STATE])]
         )
         for name, part in zip(self.config.exclude_from_loading, parts, strict=True):
-            if not any(part in rank for rank in used):
+            if not any(part in rank for rank in used) or (start.resume and part in (TRAIN_STATE, STEP)):
                 why = f"nothing in {start.folder} has this name"
+                if part in (TRAIN_STATE, STEP):
+                    why = "a run that goes on needs it; one that starts anew gives checkpoint.initial_load_path"
                 allowed = f"{MODEL}, optimizer, {TRAIN_STATE}, dataloader, or a tensor's name or its first parts"
                 raise ConfigError.at("checkpoint.exclude_from_loading", why, name, allowed)
         return parts
@@ -214,8 +219,14 @@ class CheckpointManager:
         self._settle(wait=False, raises=False)
 
     def wait(self, raises: bool = False) -> None:
-        """Waits for a background save; with `raises`, its failure on disk is an error rather than a line in the log."""
+        """Waits for a save still running.
+
+        With `raises` it is an error that the newest save has failed, whenever that was: where a run ends, or stops on a
+        signal, its state has to be on disk.
+        """
         self._settle(wait=True, raises=raises)
+        if raises and self._failure is not None:
+            raise self._failure
 
     def _write(self, request: SaveRequest) -> None:
         began = time.monotonic()
@@ -234,11 +245,13 @@ class CheckpointManager:
         try:
             self._background.join()
         except SaveError as error:
+            self._failure = error
             if raises:
                 raise
             if self.world.rank == 0:
                 log.error("%s. Training goes on; the newest checkpoint is step %s.", error, self.latest())
             return
+        self._failure = None
         self.parent = request.origin.step
         self._steps = steps_after(self._steps, self.parent, self.config.keep_latest_k)
 

@@ -55,9 +55,15 @@ def agreed(world: World) -> Iterator[None]:
         yield
     except ConfigError as error:
         problems = error.problems
-    rows = [[p.code, p.key, p.why, None if p.value is MISSING else show(p.value), *astuple(p)[4:]] for p in problems]
+    rows = [[p.code, p.key, p.why, _plain(p.value), *astuple(p)[4:]] for p in problems]
     merged: dict[Problem, None] = {}
     for code, key, why, value, *rest in (row for rank in world.gather(rows) for row in rank):
         merged[Problem(code, key, why, MISSING if value is None else value, *rest)] = None
     if merged:
         raise ConfigError(merged)
+
+
+def _plain(value: Any) -> bool | float | str | None:
+    if value is MISSING:
+        return None
+    return value if isinstance(value, bool | int | float | str) else show(value)

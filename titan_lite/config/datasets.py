@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, Problem
 from titan_lite.config.merge import Layer
-from titan_lite.config.paths import Origin
+from titan_lite.config.paths import Origin, forget
 from titan_lite.config.schema import nearest
 
 _C4: Final = {"type": "huggingface", "path": "allenai/c4", "name": "en", "text_key": "text"}
@@ -57,14 +57,14 @@ def unknown_dataset(key: str, dataset: str) -> Problem:
     return Problem(NOT_ALLOWED, key, "no dataset has this name", dataset, _ALLOWED, nearest(dataset, NAMED))
 
 
-def expand_dataset(layer: Layer, below: Mapping[str, Any]) -> tuple[list[Problem], list[str]]:
-    """Writes the layer's training.dataset and dataset_path into its [data.source]; `below` are the tables it overrides.
+def expand_dataset(layer: Layer, below: Layer) -> tuple[list[Problem], list[str]]:
+    """Writes the layer's training.dataset and dataset_path into its [data.source]; `below` is all that it overrides.
 
-    A layer that sets only one of the two goes with the other one of below. A layer that sets a source of its own, and
-    neither of the two, makes those of below void.
+    A layer that sets only one of the two goes with the other one of below. Another dataset takes nothing over from the
+    source of below. A layer that sets a source of its own, and neither of the two, makes those of below void.
     """
     training = layer.tables.get("training", {})
-    lower = below.get("training", {})
+    lower = below.tables.get("training", {})
     data = layer.tables.get("data", {})
     if not all(isinstance(table, Mapping) for table in (training, lower, data)):
         return [], []
@@ -90,6 +90,8 @@ def expand_dataset(layer: Layer, below: Mapping[str, Any]) -> tuple[list[Problem
     if conflicts:
         why = f"and [data.source] {conflicts[0]} say different things"
         return [Problem(CROSS_FIELD, key, why, names[key.split(".")[1]], "one of the two")], []
+    if own.get("dataset", "") not in ("", lower.get("dataset", "")):
+        _drop_source(below)
     layer.tables.setdefault("data", {})["source"] = {**table, **given}
     origin = next((layer.origins[("training", name)] for name in own if ("training", name) in layer.origins), None)
     _place_source(layer, table, origin)
@@ -107,6 +109,13 @@ def _void(layer: Layer, lower: Mapping[str, Any]) -> None:
     for key in ("dataset", "dataset_path"):
         if lower.get(key):
             layer.tables.setdefault("training", {})[key] = ""
+
+
+def _drop_source(below: Layer) -> None:
+    data = below.tables.get("data", {})
+    if isinstance(data, dict):
+        data.pop("source", None)
+    forget(below.origins, ("data", "source"))
 
 
 def _place_source(layer: Layer, table: Mapping[str, Any], origin: Origin | None) -> None:

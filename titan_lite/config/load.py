@@ -60,9 +60,9 @@ class _Loading:
         wanted = [p for p in self.problems if self.files or p.code != FILE_MISSING]
         if job is None or wanted:
             error = ConfigError(sorted((_placed(p, top) for p in wanted), key=_order))
-            error.warnings = tuple(self.warnings)
+            error.warnings = tuple(dict.fromkeys(self.warnings))
             raise error
-        job.remember(top.origins, self.warnings)
+        job.remember(top.origins, dict.fromkeys(self.warnings))
         return job
 
     def _layer(self, layers: list[Layer], overrides: Sequence[str]) -> Layer:
@@ -77,7 +77,7 @@ class _Loading:
         layers = [*self._preset(merged(layers, Job).tables), *layers]
         top = Layer()
         for layer in layers:
-            expanded = expand_dataset(layer, top.tables)
+            expanded = expand_dataset(layer, top)
             self._collect(expanded)
             self.broken += [("data", "source")] * bool(expanded[0])
             top = merged([top, layer], Job)

@@ -67,10 +67,11 @@ def _parse(raw: str, annotation: Any) -> Any:
         return raw
     if is_list(annotation) and not raw.startswith("["):
         return [_parse(part.strip(), item_of(annotation)) for part in raw.split(",")] if raw else []
-    takes_name = is_slot(table_of(annotation)) or str in members(bare(annotation))
-    if takes_name and not raw.startswith(("{", "[")):
-        return raw
-    return _toml(raw)
+    if raw.startswith(("{", "[")):
+        return _toml(raw)
+    if is_slot(table_of(annotation)):
+        return {"type": raw}
+    return raw if str in members(bare(annotation)) else _toml(raw)
 
 
 def _toml(raw: str) -> Any:
@@ -107,7 +108,11 @@ def _negated(path: Path) -> Path:
 
 def _set(layer: Layer, path: Path, value: Any, problems: list[Problem]) -> None:
     try:
-        put(layer.tables, path, value)
+        table = get(layer.tables, path)
+    except KeyError:
+        table = None
+    try:
+        put(layer.tables, path, {**table, **value} if isinstance(table, dict) and isinstance(value, dict) else value)
     except KeyError:
         why = "cannot be set inside a value that another override sets as a whole"
         problems.append(_problem(key_text(path), why))

@@ -15,26 +15,25 @@ PIECE = 1 << 18
 REACH = 1 << 16
 """How many further characters are searched for one."""
 
-# A line end alone between visible characters. The word-splitting expressions of the GPT families never join what is
-# left and right of it, so that the pieces give the same tokens as the whole.
-_CLEAN_CUT = re.compile(r"(?<=\S)\n(?=\S)")
+CUTS = (
+    # A line end alone between visible characters: no word-splitting expression of the GPT families joins what is left
+    # and right of it, so that the pieces give the same tokens as the whole.
+    re.compile(r"(?<=\S)\n(?=\S)"),
+    # A line end before an indented line: the same holds for cl100k, Llama 3 and o200k; GPT-2 joins it with the indent.
+    re.compile(r"(?<=\S)\n(?=[ \t]+\S)"),
+    re.compile(r"\n"),
+    re.compile(r"(?=\s)"),
+)
+"""Where to cut, best first; without any of them in the middle of a word."""
 
 
 def piece_end(text: str, start: int) -> int:
-    """Where the piece that begins at `start` ends: a function of the text alone, so that pieces can be found again.
-
-    At a single line end if there is one, else at any line end, else at any space, else in the middle of a word.
-    """
-    if len(text) - start <= PIECE + REACH:
+    """Where the piece that begins at `start` ends: a function of the text alone, so that pieces can be found again."""
+    first = start + PIECE
+    if len(text) <= first + REACH:
         return len(text)
-    clean = _CLEAN_CUT.search(text, start + PIECE, start + PIECE + REACH)
-    if clean:
-        return clean.end()
-    for separator in ("\n", " "):
-        found = text.find(separator, start + PIECE, start + PIECE + REACH)
-        if found >= 0:
-            return found + (separator == "\n")
-    return start + PIECE
+    found = (cut.search(text, first, first + REACH) for cut in CUTS)
+    return next((match.end() for match in found if match), first)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """Initial weights: a pure function of (seed, parameter name, shape), whatever the layout.
 
-Each parameter is drawn in blocks of rows, every block from a generator of its own, so that a rank makes only the blocks its
-shard touches and all layouts get the same bits. (DTensor's own random init gives every rank of a CPU mesh the same shard.)
+Each parameter is drawn in blocks of rows, every block from a generator of its own, so that a rank makes only the blocks
+its shard touches and all layouts get the same bits. (DTensor's own random init gives every rank of a CPU mesh the same
+shard.)
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import xxhash
@@ -35,16 +36,16 @@ class Init(Component):
 
 
 class TruncatedNormal(Init):
-    """N(0, std^2) cut at `cutoff` standard deviations; matrices that write into the residual stream use std / sqrt(2 L).
+    """N(0, std^2) cut at `cutoff` standard deviations; those that write into the residual stream use std / sqrt(2 L).
 
     Source: depth scaling from GPT-2 (Radford et al., 2019, section 2.3).
     """
 
     class Config(Init.Config):
         type: Literal["truncated_normal"] = "truncated_normal"
-        std: float = Field(0.02, gt=0)
+        std: Annotated[float, Field(gt=0)] = 0.02
         """Standard deviation of every matrix and of the embedding."""
-        cutoff: float = Field(3.0, gt=0)
+        cutoff: Annotated[float, Field(gt=0)] = 3.0
         """In standard deviations."""
         depth_scaled: bool = True
         """Divide the std of residual matrices by sqrt(2 n_layers)."""

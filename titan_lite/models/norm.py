@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -27,7 +27,7 @@ class RMSNorm(Norm):
 
     class Config(Norm.Config):
         type: Literal["rmsnorm"] = "rmsnorm"
-        eps: float = Field(1e-5, gt=0)
+        eps: Annotated[float, Field(gt=0)] = 1e-5
         """Added to the mean square, inside the root."""
 
     def __init__(self, config: Config, dim: int):

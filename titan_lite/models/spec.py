@@ -1,4 +1,4 @@
-"""What each parameter is: its role, its fans and how it starts. Declared by modules, read by init, optimizers and FLOP counts."""
+"""What each parameter is: its role, its fans and how it starts. Read by init, optimizers and FLOP counts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ class Spec:
 
     role: Role
     fan_in: int
-    """Inputs summed into one output; 1 for elementwise gains and for embedding rows, which are looked up and not summed."""
+    """Inputs summed into one output; 1 for gains and for embedding rows, which are looked up and not summed."""
     fan_out: int
     start: Start = "weight"
-    """`weight`: the init slot's distribution; `residual`: the same, for a matrix that writes into the residual stream."""
+    """`weight`: the init slot's distribution; `residual`: for a matrix that writes into the residual stream."""
 
 
 def collect_specs(model: nn.Module) -> dict[str, Spec]:
     """One walk over the modules that yields {full parameter name: Spec}, covering every parameter exactly once."""
     specs: dict[str, Spec] = {}
     for path, module in model.named_modules():
-        own = getattr(module, "param_specs", dict)()
+        own: dict[str, Spec] = getattr(module, "param_specs", dict)()
         for name, spec in own.items():
             specs[f"{path}.{name}" if path else name] = spec
     names = {name for name, _ in model.named_parameters()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ class PlainStack(Stack):
         self.blocks = nn.ModuleDict({str(i): layer.block.build(dim=dim, layer=layer) for i, layer in enumerate(layers)})
 
     def schedule(self) -> Iterator[Block]:
-        yield from self.blocks.values()
+        return iter(cast("list[Block]", list(self.blocks.values())))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for i, block in enumerate(self.schedule()):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from pydantic import Field
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import Problem
+from titan_lite.config.fields import Strings
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
 from titan_lite.models.context import Context, Memory, NoMemory
@@ -39,15 +40,15 @@ class Transformer(Module):
         """Size of the preset."""
         hf_assets_path: str = ""
         """Folder with the tokenizer files of a published model."""
-        converters: list[str] = []
+        converters: Strings = ()
         """Conversions of the model's matrices (float8)."""
         print_after_conversion: bool = False
         """Print the model after the converters ran."""
-        dim: int = Field(256, gt=0)
+        dim: Annotated[int, Field(gt=0)] = 256
         """Model width D."""
-        n_layers: int = Field(4, gt=0)
+        n_layers: Annotated[int, Field(gt=0)] = 4
         """Executed layers L."""
-        vocab_size: int = Field(0, ge=0)
+        vocab_size: Annotated[int, Field(ge=0)] = 0
         """Rows of the embedding V; 0 = the tokenizer's, rounded up."""
         embedding: Embedding.Config = TokenEmbedding.Config()
         """From token ids to the residual stream."""
@@ -110,7 +111,7 @@ class Transformer(Module):
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 
     def shard_units(self) -> Iterator[nn.Module]:
-        """What is gathered together, in the order of the forward. The rest of the parameters belong to the model itself.
+        """What is gathered together, in the order of the forward; other parameters belong to the model itself.
 
         A tied embedding is used at both ends, so it stays with the model, gathered from the first use to the last.
         """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -15,11 +15,11 @@ class AdamW(Optimizer):
 
     class Config(Optimizer.Config):
         type: Literal["adamw"] = "adamw"
-        beta1: float = Field(0.9, ge=0, lt=1)
+        beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
         """Decay of the mean of the gradients."""
-        beta2: float = Field(0.95, ge=0, lt=1)
+        beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
         """Decay of the mean of the squared gradients."""
-        eps: float = Field(1e-8, gt=0)
+        eps: Annotated[float, Field(gt=0)] = 1e-8
         """Added to the root of the mean square."""
         implementation: Literal["fused", "foreach", "for-loop"] = "fused"
         """Which of torch's loops steps the parameters."""

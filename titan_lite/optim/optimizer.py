@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field
@@ -16,9 +16,9 @@ class Optimizer(Component):
     class Config(SlotConfig):
         slot: ClassVar[str] = "optimizer"
         default_type: ClassVar[str | None] = "adamw"
-        lr: float = Field(8e-4, gt=0, allow_inf_nan=False)
+        lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8e-4
         """Peak learning rate."""
-        weight_decay: float = Field(0.1, ge=0, allow_inf_nan=False)
+        weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
         """Decay of matrices and embeddings; gains and biases have none."""
         early_step_in_backward: bool = False
         """Step each parameter as soon as its gradient is there."""

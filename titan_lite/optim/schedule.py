@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -19,15 +19,15 @@ class LRScheduler(Component):
     """Linear warm-up, a stable phase, then a decay that would reach its end one step after the last."""
 
     class Config(ConfigBase):
-        warmup_steps: int = Field(200, ge=0)
+        warmup_steps: Annotated[int, Field(ge=0)] = 200
         """Steps of linear warm-up; more than the run has are cut to its length, with a warning."""
-        total_steps: int | None = Field(None, gt=0)
+        total_steps: Annotated[int | None, Field(gt=0)] = None
         """Steps the schedule is laid out for; default training.steps."""
-        decay_ratio: float | None = Field(None, ge=0, le=1)
+        decay_ratio: Annotated[float | None, Field(ge=0, le=1)] = None
         """Share of the steps that decay, after a stable phase; default: everything after the warm-up."""
         decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
         """Shape of the decay."""
-        min_lr_factor: float = Field(0.0, ge=0, le=1)
+        min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
         """Learning rate at the end of the decay, as a factor of the peak."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:

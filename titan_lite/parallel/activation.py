@@ -1,4 +1,4 @@
-"""Activation checkpointing: what a block keeps for its backward and what it computes again. Source: arXiv 1604.06174."""
+"""Activation checkpointing: what a block keeps for backward and what it computes again. Source: arXiv 1604.06174."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage, initial weights."""
+"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage, weights."""
 
 from __future__ import annotations
 

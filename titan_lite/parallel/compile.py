@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from titan_lite.models.transformer import Transformer
-from titan_lite.objectives.cross_entropy import TokenLoss
+from titan_lite.objectives.cross_entropy import Wrap
 from titan_lite.parallel.config import Compile
 
 
@@ -16,8 +18,8 @@ def compile_blocks(model: Transformer, config: Compile) -> None:
             block.compile(backend=config.backend, fullgraph=True)
 
 
-def compile_loss(loss: TokenLoss, config: Compile) -> TokenLoss:
-    """The loss of given logits, compiled where the config says so."""
+def loss_compiler(config: Compile) -> Wrap:
+    """What to wrap the functions of logits in: torch.compile where the config says so, else nothing."""
     if config.enable and "loss" in config.components:
-        return torch.compile(loss, backend=config.backend, fullgraph=True)
-    return loss
+        return partial(torch.compile, backend=config.backend, fullgraph=True)
+    return lambda function: function

@@ -1,8 +1,12 @@
-"""Sharded data parallelism with FSDP2: each unit's parameters are gathered for its forward and backward, gradients summed."""
+"""Sharded data parallelism with FSDP2: each unit is gathered for its forward and backward, gradients are summed."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
@@ -39,3 +43,17 @@ def apply_fsdp(
 def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes FSDP works on: both where parameters are replicated over groups of shards, else the shards alone."""
     return mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every unit is sharded again, which else only a backward does."""
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        model.train()

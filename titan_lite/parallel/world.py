@@ -11,14 +11,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
 
 STORE_VARIABLE = "TITAN_LITE_STORE"
-"""Path of the file through which the workers of one node meet, set by the launcher; without it torchrun's variables count."""
+"""Path of the file through which one node's workers meet, set by the launcher; else torchrun's variables count."""
 
 SAVE_TIMEOUT = timedelta(days=1)
 """Ranks wait for each other while a checkpoint is written, however slow the disk."""
@@ -34,7 +34,7 @@ def pick_device() -> torch.device:
 
 
 def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
-    """Joins through the launcher's file where it gave one, alone where this is the only process, else as torchrun says."""
+    """Joins through the launcher's file if there is one, alone if this is the only process, else as torchrun says."""
     path = os.environ.get(STORE_VARIABLE)
     store = dist.FileStore(path, size) if path else dist.HashStore() if size == 1 else None
     dist.init_process_group(
@@ -67,6 +67,8 @@ class World:
     """gloo, for small host-side agreements."""
     save_group: dist.ProcessGroup | None = None
     """gloo, for checkpoints written in the background."""
+    joined: bool = False
+    """Whether `connect` made the process group, and `close` is to leave it."""
 
     @classmethod
     def connect(cls, parallelism: Parallelism, device: torch.device, sharded: bool, timeout_seconds: int) -> World:
@@ -74,7 +76,8 @@ class World:
 
         `sharded` asks for a mesh even where one process is alone, because FSDP also does the mixed precision.
         """
-        if not dist.is_initialized():
+        joined = not dist.is_initialized()
+        if joined:
             rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
             if size == 1 and not sharded:
                 return cls(rank, size, device)
@@ -82,7 +85,7 @@ class World:
         mesh = data_parallel_mesh(parallelism, dist.get_world_size(), device.type)
         host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group)
+        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group, joined)
 
     def set_timeout(self, seconds: int) -> None:
         """How long a collective of the training loop may take from now on."""
@@ -159,6 +162,6 @@ class World:
         return total
 
     def close(self) -> None:
-        """Leaves the process group."""
-        if dist.is_initialized():
+        """Leaves the process group that `connect` joined."""
+        if self.joined:
             dist.destroy_process_group()

@@ -94,7 +94,7 @@ class Training(ConfigBase):
     """Type in forward and backward; auto = bfloat16 where the device computes it natively, else float32."""
     mixed_precision_reduce: Literal["float32"] = "float32"
     """Type in which gradients are reduced over ranks."""
-    loss_chunk_tokens: Count = 1024
+    loss_chunk_tokens: Count = 256
     """Tokens per chunk of the chunked cross entropy; 0 = dense logits."""
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, which run on all ranks at the same step."""

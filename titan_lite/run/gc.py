@@ -30,7 +30,7 @@ class GarbageCollectionHook(Hook):
         if self.debug and self.watch_cuda:
             from torch.utils.viz._cycles import warn_tensor_cycles
 
-            warn_tensor_cycles()  # type: ignore[no-untyped-call]
+            warn_tensor_cycles()
 
     def on_step(self, result: StepResult) -> None:
         if self.debug:

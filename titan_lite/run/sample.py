@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.generation import Sampling, generate
+from titan_lite.parallel.fsdp import evaluating
 
 if TYPE_CHECKING:
     from titan_lite.data.tokenizer import Tokenizer
@@ -18,12 +19,10 @@ logger = logging.getLogger(__name__)
 
 def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
     """Logs one continuation per prompt. All ranks draw the same tokens, since a sharded model needs them all in each forward."""
-    training.model.eval()
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)
-        tokens = generate(
-            training.model, ids, config.max_new_tokens, sampling, config.seed, training.world.device, tokenizer.eos_id
-        )
-        logger.info("Sample: %s%s", prompt, tokenizer.decode(list(tokens)))
-    training.model.train()
+        device, end = training.world.device, tokenizer.eos_id
+        with evaluating(training.model):
+            tokens = list(generate(training.model, ids, config.max_new_tokens, sampling, config.seed, device, end))
+        logger.info("Sample: %s%s", prompt, tokenizer.decode(tokens))

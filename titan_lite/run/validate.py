@@ -9,25 +9,24 @@ import numpy
 import torch
 
 from titan_lite.data.batch import IGNORE, Batch
+from titan_lite.parallel.fsdp import evaluating
 from titan_lite.run.hooks import ValidationResult
 from titan_lite.step import Training
 
 
-@torch.no_grad()
 def validate(training: Training, batches: Iterable[Batch], token_bytes: numpy.ndarray, step: int) -> ValidationResult:
     """Mean loss per token and per byte of text over all ranks' batches; every rank must have the same number of them."""
     start = time.perf_counter()
     world = training.world
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = text_bytes = 0
-    training.model.eval()
-    for batch in batches:
-        parts = (part.to(world.device) for part in (batch.tokens, batch.targets, batch.documents))
-        loss += training.objective(training.model, *parts)
-        targets = batch.targets[batch.targets != IGNORE]
-        tokens += targets.numel()
-        text_bytes += int(token_bytes[targets.numpy()].sum())
-    training.model.train()
+    with evaluating(training.model):
+        for batch in batches:
+            parts = (part.to(world.device) for part in (batch.tokens, batch.targets, batch.documents))
+            loss += training.objective(training.model, *parts)
+            targets = batch.targets[batch.targets != IGNORE]
+            tokens += targets.numel()
+            text_bytes += int(token_bytes[targets.numpy()].sum())
     nats, all_tokens, all_bytes = world.total(loss.item(), tokens, text_bytes)
     return ValidationResult(
         step=step,

@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 
 class GQA(Attention):
-    """H query heads share G key/value heads; query head h reads key/value head floor(h G / H). Source: arXiv 2305.13245."""
+    """H query heads share G key/value heads: head h reads key/value head floor(h G / H). Source: arXiv 2305.13245."""
 
     class Config(Attention.Config):
         type: Literal["gqa"] = "gqa"
-        n_heads: int = Field(8, gt=0)
+        n_heads: Annotated[int, Field(gt=0)] = 8
         """Query heads H."""
-        n_kv_heads: int = Field(0, ge=0)
+        n_kv_heads: Annotated[int, Field(ge=0)] = 0
         """Key/value heads G, a divisor of n_heads; 0 = n_heads (multi-head attention)."""
-        head_dim: int = Field(0, ge=0)
+        head_dim: Annotated[int, Field(ge=0)] = 0
         """Width of a head Dh; 0 = dim / n_heads."""
         position: Position.Config = RoPE.Config()
         """Position encoding of queries and keys."""

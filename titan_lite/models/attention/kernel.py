@@ -24,7 +24,7 @@ class PreparedKernel(Protocol):
 
 
 class Kernel(Module):
-    """q (B, H, T, Dh), k and v (B, G, S, Dh) -> (B, H, T, Dh), G dividing H, S >= T keys of which the last T are the queries' own.
+    """q (B, H, T, Dh), k and v (B, G, S, Dh) -> (B, H, T, Dh); G divides H; the last T of S keys are the queries' own.
 
     `prepare` turns the masks into what the kernel wants, once per forward for all layers whose `key` is the same.
     """
@@ -50,7 +50,7 @@ class SDPAMask(NamedTuple):
 
 
 class SDPA(Kernel):
-    """torch's `scaled_dot_product_attention`, which picks the fastest implementation of the device. Source: arXiv 2205.14135."""
+    """torch's `scaled_dot_product_attention`: the fastest implementation of the device. Source: arXiv 2205.14135."""
 
     class Config(Kernel.Config):
         type: Literal["sdpa"] = "sdpa"

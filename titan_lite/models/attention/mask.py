@@ -21,7 +21,7 @@ class Mask(Component):
 
     @abstractmethod
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor | None:
-        """True where the query at position `q` may see the key at position `k`; None where this mask restricts nothing."""
+        """True where the query at position `q` may see the key at position `k`; None = everywhere."""
 
 
 class Causal(Mask):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -18,7 +18,7 @@ class GLU(FFN):
 
     class Config(FFN.Config):
         type: Literal["glu"] = "glu"
-        hidden: int = Field(768, gt=0)
+        hidden: Annotated[int, Field(gt=0)] = 768
         """Inner width F."""
         activation: Activation = "silu"
         """Applied to the gate."""

@@ -25,7 +25,7 @@ def all_logits(x: Tensor, weight: Tensor) -> Tensor:
 class Head(Module):
     """(hidden states (B, T, D), embedding, consume) -> whatever `consume` makes of them.
 
-    The loss runs inside the head's forward, so that a sharded head is gathered once and logits never need to exist as a whole.
+    The loss runs inside the head's forward: a sharded head is gathered once, and logits need never exist as a whole.
     """
 
     class Config(SlotConfig):

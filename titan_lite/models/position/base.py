@@ -14,7 +14,7 @@ from titan_lite.models.module import Module
 class Position(Module):
     """Acts on queries (B, H, T, Dh) and keys (B, G, T, Dh).
 
-    `prepare` runs once per forward for all layers whose `key` is the same; its result comes back in `context.prepared[key]`.
+    `prepare` runs once per forward for all layers with one `key`; its result comes back in `context.prepared[key]`.
     """
 
     key: str

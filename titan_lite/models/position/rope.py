@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
@@ -20,7 +20,7 @@ class RoPE(Position):
 
     class Config(Position.Config):
         type: Literal["rope"] = "rope"
-        theta: float = Field(10000.0, gt=0)
+        theta: Annotated[float, Field(gt=0)] = 10000.0
         """Base of the frequencies."""
 
     def __init__(self, config: Config, head_dim: int):

@@ -1,0 +1,52 @@
+"""Checks that need the world size."""
+
+from __future__ import annotations
+
+import pytest
+
+from titan_lite.config.errors import ConfigError
+from titan_lite.config.load import job_from_dict
+from titan_lite.parallel.config import Parallelism
+
+
+@pytest.mark.parametrize(
+    ("replicate", "shard", "world_size", "degree"),
+    [(1, -1, 1, 1), (1, -1, 8, 8), (2, -1, 8, 8), (2, 4, 8, 8), (1, 4, 8, None), (3, -1, 8, None), (16, -1, 8, None)],
+)
+def test_data_parallel_degree(replicate: int, shard: int, world_size: int, degree: int | None) -> None:
+    layout = Parallelism(data_parallel_replicate_degree=replicate, data_parallel_shard_degree=shard)
+    assert layout.data_parallel_degree(world_size) == degree
+
+
+def test_model_parallel_ranks_see_the_same_data() -> None:
+    assert Parallelism(tensor_parallel_degree=2, context_parallel_degree=2).data_parallel_degree(8) == 2
+
+
+@pytest.mark.parametrize(
+    ("layout", "key", "allowed"),
+    [
+        ({"data_parallel_shard_degree": 4}, "data_parallel_shard_degree", "-1 or 8"),
+        ({"data_parallel_replicate_degree": 3}, "data_parallel_replicate_degree", "a divisor of 8"),
+    ],
+)
+def test_degrees_that_do_not_make_the_world_size(layout, key, allowed) -> None:
+    job_from_dict({"parallelism": layout})  # nothing to say as long as the world size is not known
+    with pytest.raises(ConfigError) as caught:
+        job_from_dict({"parallelism": layout}, world_size=8)
+    assert [(p.code, p.key, p.allowed) for p in caught.value.problems] == [("E005", f"parallelism.{key}", allowed)]
+
+
+@pytest.mark.parametrize(
+    ("size", "allowed"),
+    [(32, None), (-1, None), (33, "nearest 32 or 64"), (31, "nearest 32"), (100, "nearest 96 or 128")],
+)
+def test_global_batch_is_a_multiple_of_what_one_pass_takes(size: int, allowed: str | None) -> None:
+    tables = {"training": {"local_batch_size": 4, "global_batch_size": size}}
+    if allowed is None:
+        assert job_from_dict(tables, world_size=8).training.global_batch_size == size
+        return
+    with pytest.raises(ConfigError) as caught:
+        job_from_dict(tables, world_size=8)
+    assert [(p.key, p.allowed) for p in caught.value.problems] == [
+        ("training.global_batch_size", f"-1, or multiples of 32: {allowed}")
+    ]

@@ -1,0 +1,287 @@
+"""Whatever kills a run, starting it again continues as if nothing had happened: bitwise in one layout, same tokens in any."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from titan_lite.config.load import load_job, to_toml
+from titan_lite.run.signals import EXIT_STOPPED, StopFlag
+from titan_lite.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+LOSS_RTOL = 1e-5
+"""fp32, another layout."""
+
+CONFIG = """
+[model]
+dim = 32
+n_layers = 2
+attention = { n_heads = 4, n_kv_heads = 2, masks = ["causal", "document"] }
+ffn = { hidden = 48 }
+
+[data]
+held_out = 0.1
+source = { type = "files", path = "DOCUMENTS" }
+
+[training]
+local_batch_size = 2
+global_batch_size = 8
+seq_len = 32
+steps = 60
+mixed_precision_param = "float32"
+
+[optimizer]
+lr = 1e-3
+
+[lr_scheduler]
+warmup_steps = 10
+
+[activation_checkpoint]
+mode = "none"
+
+[checkpoint]
+enable = true
+interval = 20
+async_mode = "async"
+
+[validation]
+enable = true
+freq = 30
+steps = 2
+local_batch_size = 2
+seq_len = 32
+
+[metrics]
+log_freq = 1
+"""
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("run")
+    rows = [json.dumps({"text": f"document {i} " + "abc def " * (i % 37)}) for i in range(400)]
+    (folder / "documents.jsonl").write_text("\n".join(rows))
+    path = folder / "config.toml"
+    path.write_text(CONFIG.replace("DOCUMENTS", str(folder / "documents.jsonl")))
+    return path
+
+
+def losses(folder: Path) -> dict[int, str]:
+    """Loss and gradient norm of every logged step, as exact text."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: f"{line['loss']!r} {line['grad_norm']!r}" for line in lines if "loss" in line}
+
+
+def tensors(step_folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every shard file."""
+    return {
+        f"{path.name} {name}": tensor
+        for path in sorted(step_folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    left, right = tensors(a), tensors(b)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+# ---- real processes
+
+
+class Launched:
+    """`python -m titan_lite.launch` on two ranks."""
+
+    def __init__(self, config: Path, dump_folder: Path, *overrides: str):
+        self.folder = dump_folder
+        command = [
+            sys.executable,
+            "-m",
+            "titan_lite.launch",
+            str(config),
+            f"--job.dump_folder={dump_folder}",
+            *overrides,
+        ]
+        self.log = dump_folder.with_suffix(".log")
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=os.environ | {"NGPU": "2"}, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    def wait(self, timeout: float = 120) -> int:
+        return self.process.wait(timeout)
+
+    def workers(self) -> list[int]:
+        """Pids of this run's processes, the launcher aside."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit() and int(entry.name) != self.process.pid:
+                try:
+                    command = (entry / "cmdline").read_bytes()
+                except OSError:
+                    continue
+                if f"--job.dump_folder={self.folder}".encode() in command.split(b"\0"):
+                    found.append(int(entry.name))
+        return found
+
+    def until_step(self, step: int, timeout: float = 120) -> None:
+        """Waits until the checkpoint of `step` is there and a few steps more were logged."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if (self.folder / "checkpoint" / f"step-{step}").exists() and max(losses(self.folder)) > step + 3:
+                return
+            time.sleep(0.02)
+        raise AssertionError(f"step {step} was not reached:\n{self.log.read_text()[-3000:]}")
+
+
+def assert_same_run(a: Launched, b: Launched) -> None:
+    """Every step of both was logged once, with the same bits, and the last checkpoints hold the same bits."""
+    assert list(losses(a.folder)) == list(range(1, 61))
+    assert losses(a.folder) == losses(b.folder)
+    assert_same_tensors(a.folder / "checkpoint" / "step-60", b.folder / "checkpoint" / "step-60")
+
+
+def test_kill_and_resume_is_bitwise(config: Path, tmp_path: Path):
+    straight = Launched(config, tmp_path / "straight")
+    assert straight.wait() == 0, straight.log.read_text()
+
+    worker_dies = Launched(config, tmp_path / "killed")
+    worker_dies.until_step(20)
+    os.kill(max(worker_dies.workers()), signal.SIGKILL)
+    assert worker_dies.wait() == 1
+
+    launcher_dies = Launched(config, tmp_path / "killed")
+    launcher_dies.until_step(40)
+    launcher_dies.process.kill()
+    deadline = time.monotonic() + 5
+    while launcher_dies.workers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert launcher_dies.workers() == []
+    launcher_dies.wait()
+
+    last = Launched(config, tmp_path / "killed")
+    assert last.wait() == 0, last.log.read_text()
+    assert_same_run(last, straight)
+
+
+def test_kill_and_resume_is_bitwise_compiled(config: Path, tmp_path: Path):
+    straight = Launched(config, tmp_path / "straight", "--compile.enable")
+    assert straight.wait() == 0, straight.log.read_text()
+    killed = Launched(config, tmp_path / "killed", "--compile.enable")
+    killed.until_step(40)
+    os.kill(max(killed.workers()), signal.SIGKILL)
+    assert killed.wait() == 1
+    last = Launched(config, tmp_path / "killed", "--compile.enable")
+    assert last.wait() == 0, last.log.read_text()
+    assert_same_run(last, straight)
+
+
+def test_signal_saves_at_the_end_of_the_step(config: Path, tmp_path: Path):
+    run = Launched(config, tmp_path / "signalled")
+    run.until_step(20)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.wait() == EXIT_STOPPED, run.log.read_text()
+    newest = max(int(path.name.removeprefix("step-")) for path in (run.folder / "checkpoint").glob("step-*"))
+    assert newest == max(losses(run.folder)) > 20
+    assert Launched(config, tmp_path / "signalled", f"--training.steps={newest + 5}").wait() == 0
+    assert list(losses(run.folder)) == list(range(1, newest + 6))
+
+
+# ---- inside this process and the pools
+
+
+def run_trainer(config: Path, dump_folder: Path, *overrides: str) -> int:
+    """A whole run in this process, or as one rank of a pool."""
+    return Trainer(load_job(config, [f"--job.dump_folder={dump_folder}", *overrides]), StopFlag()).run()
+
+
+SHORT = ("--checkpoint.interval=4", "--checkpoint.async_mode=disabled", "--validation.no_enable")
+
+
+def test_two_ranks_resume_on_one_and_on_four(config: Path, tmp_path: Path, pool2, pool4):
+    steps = "--training.steps={}".format
+    schedule = "--lr_scheduler.total_steps=12"
+    assert run_trainer(config, tmp_path / "one", steps(12), schedule, *SHORT) == 0
+    assert pool2.run(run_trainer, config, tmp_path / "two", steps(4), schedule, *SHORT) == [0, 0]
+    for name, go_on in (
+        ("on one", lambda *a: [run_trainer(*a)]),
+        ("on two", lambda *a: pool2.run(run_trainer, *a)),
+        ("on four", lambda *a: pool4.run(run_trainer, *a)),
+    ):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "two", folder)
+        assert set(go_on(config, folder, steps(12), schedule, *SHORT)) == {0}
+        expected, got = losses(tmp_path / "one"), losses(folder)
+        assert list(got) == list(range(1, 13))
+        for step, text in expected.items():
+            loss, other = float(text.split()[0]), float(got[step].split()[0])
+            assert other == pytest.approx(loss, rel=LOSS_RTOL), (name, step)
+        # The cursors say which tokens come next: the lanes are where they are on one rank.
+        states = [
+            json.loads((f / "checkpoint/step-12/train_state.json").read_text()) for f in (tmp_path / "one", folder)
+        ]
+        assert states[0]["cursors"] == states[1]["cursors"]
+        assert states[0]["tokens_seen"] == states[1]["tokens_seen"] == 12 * 8 * 32
+
+
+def test_validation_leaves_the_checkpoint_whole(config: Path, tmp_path: Path, pool2):
+    """Gathered parameters of a forward without backward are no parameters to save."""
+    changes = ("--training.mixed_precision_param=bfloat16", "--validation.freq=2", "--checkpoint.interval=2")
+    assert pool2.run(run_trainer, config, tmp_path, "--training.steps=4", *changes) == [0, 0]
+    saved = tensors(tmp_path / "checkpoint" / "step-4")
+    assert {tensor.dtype for name, tensor in saved.items()} == {torch.float32}
+    assert pool2.run(run_trainer, config, tmp_path, "--training.steps=6", *changes) == [0, 0]
+
+
+def resumed_weights(config: Path, dump_folder: Path, *overrides: str) -> dict[str, Any]:
+    """The weights right after resuming, by parameter name, as this rank holds them."""
+    from tests.runs import full
+    from titan_lite.checkpoint.state import model_tensors
+
+    trainer = Trainer(load_job(config, [f"--job.dump_folder={dump_folder}", *overrides]), StopFlag())
+    assert trainer.run() == 0  # at its last step already: it only loads
+    return {name: full(tensor) for name, tensor in model_tensors(trainer.training.model).items()}
+
+
+def test_resumed_weights_equal_the_saved_run(config: Path, tmp_path: Path, pool2):
+    overrides = ("--training.steps=4", *SHORT)
+    trainer = Trainer(load_job(config, [f"--job.dump_folder={tmp_path}", *overrides]), StopFlag())
+    assert trainer.run() == 0
+    running = dict(trainer.training.model.named_parameters())
+    for weights in (
+        resumed_weights(config, tmp_path, *overrides),
+        pool2.run(resumed_weights, config, tmp_path, *overrides)[0],
+    ):
+        assert weights.keys() == {f"model.{name}" for name in running}
+        assert all(torch.equal(weights[f"model.{name}"], parameter) for name, parameter in running.items())
+
+
+def test_finished_run_changes_nothing(config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    overrides = ("--training.steps=4", *SHORT)
+    assert run_trainer(config, tmp_path, *overrides) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with caplog.at_level("INFO"):
+        assert run_trainer(config, tmp_path, *overrides) == 0
+    assert "step 4 of 4" in caplog.text
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_resolved_config_is_written_and_loads_back(config: Path, tmp_path: Path):
+    overrides = (f"--job.dump_folder={tmp_path}", "--training.steps=4", *SHORT)
+    assert run_trainer(config, tmp_path, *overrides) == 0
+    job = load_job(config, overrides)
+    assert load_job(tmp_path / "config.toml") == job
+    assert (tmp_path / "config.toml").read_text() == to_toml(job)
