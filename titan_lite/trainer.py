@@ -20,7 +20,8 @@ from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.loader import TrainBatches, data_fingerprint, train_batches, validation_batches
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.job import Job
-from titan_lite.models.transformer import padded_vocab_size
+from titan_lite.models.transformer import vocab_size_for
+from titan_lite.parallel.flight_recorder import set_up_flight_recorder
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World, pick_device
 from titan_lite.run.determinism import seed_everything, set_deterministic
@@ -37,7 +38,7 @@ from titan_lite.step import MicroBatch, StepTensors, build, step
 
 @dataclass
 class Progress:
-    """How far the run is. Saved as JSON with every checkpoint."""
+    """How far the run is."""
 
     step: int
     """Optimizer steps done."""
@@ -65,6 +66,8 @@ class Trainer:
         seed_everything(job.debug.seed)
         device = pick_device()
         self.precision = Precision.of(job.training, device)
+        if device.type == "cuda":
+            set_up_flight_recorder(job.comm, self.folder)
         sharded = self.precision.mixed or job.training.enable_cpu_offload
         self.world = World.connect(job.parallelism, device, sharded, job.comm.init_timeout_seconds)
         setup_logging(self.world.rank, color=not job.metrics.disable_color_printing)
@@ -84,25 +87,12 @@ class Trainer:
         job, world = self.job, self.world
         with agreed(world):
             self.tokenizer: Tokenizer = job.tokenizer.build()
-            vocab_size = self._vocab_size()
+            vocab_size = vocab_size_for(job.model, self.tokenizer.vocab_size)
         self.training = build(job, world, self.precision, vocab_size)
         self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
         self.progress = Progress(0, 0, self._first_global_batch_size(), None)
         self.resumed_from = self._resume()
         self.accumulation = self._accumulation()
-
-    def _vocab_size(self) -> int:
-        """Rows of the embedding; the tokenizer must fit into them."""
-        wanted, have = self.job.model.vocab_size, self.tokenizer.vocab_size
-        if wanted and wanted < have:
-            raise ConfigError.at(
-                "model.vocab_size",
-                f"is smaller than the tokenizer's vocabulary of {have}",
-                wanted,
-                f"at least {have}, or 0 for the tokenizer's own size rounded up",
-                code=CROSS_FIELD,
-            )
-        return wanted or padded_vocab_size(have)
 
     def _first_global_batch_size(self) -> int:
         training = self.job.training
@@ -161,14 +151,24 @@ class Trainer:
                 f"{state['global_batch_size']} or -1",
                 code=CROSS_FIELD,
             )
-        self.progress = Progress(**(vars(self.progress) | state))
+        data = state.pop("data", {"cursors": None})  # left out: the data start again
+        self.progress = Progress(**(vars(self.progress) | state | data))
         return str(start.folder)
+
+    def _train_state(self) -> dict[str, Any]:
+        """The progress as JSON, with the cursors of all ranks' lanes in order."""
+        progress = self.progress
+        return {
+            "step": progress.step,
+            "tokens_seen": progress.tokens_seen,
+            "global_batch_size": progress.global_batch_size,
+            "data": {"cursors": [cursor for rank in self.world.gather(self.cursors) for cursor in rank]},
+        }
 
     def _save(self, last: bool = False) -> None:
         start = time.perf_counter()
         step = self.progress.step
-        cursors = [cursor for rank in self.world.gather(self.cursors) for cursor in rank]
-        self.checkpoints.save(step, self._tensors(), vars(self.progress) | {"cursors": cursors}, last=last)
+        self.checkpoints.save(step, self._tensors(), self._train_state(), last=last)
         self.hooks.on_checkpoint(step, self.checkpoints.folder / f"step-{step}", time.perf_counter() - start)
 
     # ---- the loop
@@ -199,6 +199,8 @@ class Trainer:
         try:
             if world.rank == 0:
                 (self.folder / "config.toml").write_text(to_toml(job))
+                if job.job.print_config:
+                    logger.info("Config:\n%s", to_toml(job))
             self.hooks.on_start(
                 run_facts(job, self.training, self.precision, self.progress, self.accumulation, self.resumed_from)
             )

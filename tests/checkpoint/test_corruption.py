@@ -125,6 +125,10 @@ def test_hostile_metadata_is_refused(step: Path, case: str) -> None:
     assert str(step / "metadata.json") in forge(step, HOSTILE[case])
 
 
+def test_a_shard_that_the_manifest_does_not_know_is_told(step: Path) -> None:
+    assert "shard-00009.safetensors is not in the manifest" in forge(step, HOSTILE["file not in the manifest"])
+
+
 @pytest.mark.parametrize(
     "data",
     [b"[" * 200_000, b'{"format":' + b"9" * 100_000 + b"}", b"\xff\xfe{}", b"", b'{"format": NaN}', b"{} {}"],

@@ -171,6 +171,10 @@ def test_a_lane_far_behind_reads_for_itself(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(lanes.Reader, "__init__", counting)
     assert [arrays(batch) for batch in take(batches(config, range(4), 4), 100)] == expected
     assert len(opened) > 1
+    opened.clear()
+    monkeypatch.setattr(lanes, "QUEUED_CHARACTERS", 100)
+    take(batches(config, range(1), 1), 100)  # a lane alone has nobody to fall behind, however long its documents are
+    assert len(opened) == 1
 
 
 def test_a_20_mb_document_is_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every state tensor as `optim.<parameter name>.<slot>`; the state must exist (`materialize_optimizer_state`)."""
+    """Every state tensor as `optim.<parameter name>.<slot>`; see `materialize_optimizer_state`."""
     return {
         f"optim.{name}.{slot}": value
         for name, parameter in model.named_parameters()

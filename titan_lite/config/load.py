@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
@@ -10,11 +11,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 from titan_lite.config.aliases import modernise
 from titan_lite.config.assets import tokenizer_table
 from titan_lite.config.check import cross_problems, notices
 from titan_lite.config.datasets import expand_dataset
-from titan_lite.config.errors import COMMAND_LINE, FILE_MISSING, UNKNOWN_KEY, ConfigError, Problem, at_place
+from titan_lite.config.errors import (
+    COMMAND_LINE,
+    FILE_MISSING,
+    TOML_SYNTAX,
+    UNKNOWN_KEY,
+    ConfigError,
+    Problem,
+    at_place,
+)
 from titan_lite.config.merge import Layer, merged
 from titan_lite.config.overrides import command_line_layer
 from titan_lite.config.paths import Path, get, nearest_origin, parse_key
@@ -38,6 +52,15 @@ def load_job(
 def job_from_dict(tables: Mapping[str, Any], world_size: int | None = None, *, files: bool = True) -> Job:
     """The Job of tables made in Python (without `base`)."""
     return _Loading(world_size, files).job([Layer(copy.deepcopy(dict(tables)))], ())
+
+
+def job_from_toml(text: str, place: FilePath) -> Job:
+    """The Job of a resolved config as a checkpoint at `place` keeps it; files it names need not exist any more."""
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError.at(str(place), f"its config is not valid TOML: {error}", code=TOML_SYNTAX) from None
+    return job_from_dict(tables, files=False)
 
 
 @dataclass

@@ -13,8 +13,6 @@ import torch
 import xxhash
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.spec import Spec
@@ -63,6 +61,10 @@ class TruncatedNormal(Init):
 @torch.no_grad()
 def initialize(model: nn.Module, specs: dict[str, Spec], init: Init, seed: int) -> None:
     """Fills every parameter of a materialised model, plain or sharded, in place."""
+    # Half a second to import, and checking a config reads this file too.
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     for name, parameter in model.named_parameters():
         spec = specs[name]
         shape = parameter.shape

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import Problem
+from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem
 from titan_lite.config.fields import Strings
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
@@ -74,7 +74,7 @@ class Transformer(Module):
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if self.flavor and not self.name:
                 yield Problem(
-                    code="E005", key=".flavor", value=self.flavor, why="a flavor needs the preset in model.name"
+                    code=CROSS_FIELD, key=".flavor", value=self.flavor, why="a flavor needs the preset in model.name"
                 )
 
         def layers(self) -> list[Layer]:
@@ -122,6 +122,19 @@ class Transformer(Module):
             yield self.head
 
 
-def padded_vocab_size(tokenizer_vocab_size: int) -> int:
-    """The tokenizer's vocabulary rounded up to a multiple of 64, which matrix kernels and tensor parallelism want."""
-    return -(-tokenizer_vocab_size // 64) * 64
+def vocab_size_for(config: Transformer.Config, tokenizer_size: int) -> int:
+    """Rows of the embedding: `model.vocab_size`, into which the tokenizer must fit, or the tokenizer's own rounded up.
+
+    Rounded to a multiple of 64, which matrix kernels and tensor parallelism want.
+    """
+    if not config.vocab_size:
+        return -(-tokenizer_size // 64) * 64
+    if config.vocab_size < tokenizer_size:
+        raise ConfigError.at(
+            "model.vocab_size",
+            f"is smaller than the tokenizer's vocabulary of {tokenizer_size}",
+            config.vocab_size,
+            f"at least {tokenizer_size}, or 0 for the tokenizer's own size rounded up",
+            code=CROSS_FIELD,
+        )
+    return config.vocab_size

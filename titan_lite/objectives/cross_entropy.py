@@ -60,7 +60,7 @@ class CrossEntropy:
 class _ChunkedLoss(torch.autograd.Function):
     """The summed loss of x W^T, one chunk of tokens after the other.
 
-    Each chunk's logit gradient is taken in forward and turned at once into its share of the gradients of x and W, so that
+    Each chunk's logit gradient is taken in forward and turned at once into its share of those of x and W, so that
     only one chunk's logits ever exist and nothing is computed twice; backward only scales.
     """
 

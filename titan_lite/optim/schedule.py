@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 
 from titan_lite.config.component import Component, ConfigBase
-from titan_lite.config.errors import Problem
+from titan_lite.config.errors import CROSS_FIELD, Problem
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -37,7 +37,7 @@ class LRScheduler(Component):
                 and round(self.decay_ratio * (self.total_steps or job.training.steps)) == 0
             ):
                 yield Problem(
-                    code="E005",
+                    code=CROSS_FIELD,
                     key=".decay_ratio",
                     value=self.decay_ratio,
                     why="rounds to no step of decay",

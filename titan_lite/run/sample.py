@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
-    """Logs one continuation per prompt. All ranks draw the same tokens, since a sharded model needs them all in each forward."""
+    """Logs one continuation per prompt. All ranks draw the same tokens: a sharded model needs them in each forward."""
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)

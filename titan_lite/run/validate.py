@@ -15,7 +15,7 @@ from titan_lite.step import Training
 
 
 def validate(training: Training, batches: Iterable[Batch], token_bytes: numpy.ndarray, step: int) -> ValidationResult:
-    """Mean loss per token and per byte of text over all ranks' batches; every rank must have the same number of them."""
+    """Mean loss per token and per byte of text over all ranks' batches, of which every rank must have as many."""
     start = time.perf_counter()
     world = training.world
     loss = torch.zeros((), dtype=torch.float64, device=world.device)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import Field
 from torch import Tensor
 
-from titan_lite.config.errors import Problem
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.models.attention.base import Attention
 from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel
 from titan_lite.models.attention.mask import Causal, Mask
@@ -42,7 +42,7 @@ class GQA(Attention):
             if self.n_kv_heads and self.n_heads % self.n_kv_heads:
                 divisors = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
                 yield Problem(
-                    code="E005",
+                    code=CROSS_FIELD,
                     key=".n_kv_heads",
                     value=self.n_kv_heads,
                     why=f"must divide model.attention.n_heads ({self.n_heads})",
@@ -50,7 +50,7 @@ class GQA(Attention):
                 )
             if not self.head_dim and job.model.dim % self.n_heads:
                 yield Problem(
-                    code="E005",
+                    code=CROSS_FIELD,
                     key=".n_heads",
                     value=self.n_heads,
                     why=f"must divide model.dim ({job.model.dim}) where head_dim is not given",
@@ -58,7 +58,7 @@ class GQA(Attention):
                 )
             elif (self.head_dim or job.model.dim // self.n_heads) % 2:
                 yield Problem(
-                    code="E005",
+                    code=CROSS_FIELD,
                     key=".head_dim",
                     value=self.head_dim or job.model.dim // self.n_heads,
                     why="rotary positions turn pairs of a head's numbers, so its width must be even",
