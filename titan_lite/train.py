@@ -18,9 +18,17 @@ def main(arguments: list[str]) -> int:
 
     with main_guard():
         from titan_lite.config.load import load_job
+        from titan_lite.parallel.world import is_lost_peer
         from titan_lite.trainer import Trainer
 
-        return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
+        try:
+            return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
+        except RuntimeError as error:
+            if not is_lost_peer(error):
+                raise
+            # Another rank is the one with something to say; this one only noticed.
+            print(f"Lost contact with another rank: {str(error).splitlines()[0]}", file=sys.stderr)
+            return 1
 
 
 if __name__ == "__main__":

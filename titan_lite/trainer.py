@@ -120,11 +120,19 @@ class Trainer:
             config=to_toml(job),
             model=job.model.model_dump(mode="json"),
             tokenizer=self.tokenizer.fingerprint(),
-            data=data_fingerprint(job.data),
+            data=self._agreed_data_fingerprint(),
             layout=dict(zip(("dp_replicate", "dp_shard"), self.world.mesh.shape, strict=True))
             if self.world.mesh
             else {},
         )
+
+    def _agreed_data_fingerprint(self) -> str:
+        """The data's fingerprint, which every rank must see alike: the rows they read belong to one global batch."""
+        with agreed(self.world):
+            mine = data_fingerprint(self.job.data)
+        if len(set(self.world.gather(mine))) > 1:
+            raise ConfigError.at("data.source", "the ranks see different data: are all files there on every node?")
+        return mine
 
     # ---- checkpoints
 

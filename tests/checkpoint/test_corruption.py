@@ -63,6 +63,12 @@ def test_a_missing_file_is_named(step: Path, name: str) -> None:
     assert re.search(rf"{re.escape(str(step / name))}\n.*the file is missing", refused(step))
 
 
+def test_a_manifest_that_says_the_same_in_other_bytes_is_refused(step: Path) -> None:
+    path = step / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b" ", 1))
+    assert "its checksum does not match its content" in refused(step)
+
+
 def test_appended_bytes_and_sizes_are_told(step: Path) -> None:
     path = step / "train_state.json"
     size = path.stat().st_size

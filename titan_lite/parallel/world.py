@@ -54,6 +54,15 @@ def data_parallel_mesh(parallelism: Parallelism, world_size: int, device_type: s
     return init_device_mesh(device_type, (replicate, degree // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank is gone, by the words of gloo and nccl."""
+    if isinstance(error, dist.DistError):
+        return True
+    return "gloo" in str(error) and any(
+        words in str(error) for words in ("by peer", "Connection refused", "Broken pipe")
+    )
+
+
 @dataclass(frozen=True)
 class World:
     """This process among all. A single CPU process needs no process group and has none."""
