@@ -17,12 +17,16 @@ def main(arguments: list[str]) -> int:
     from titan_lite.config.errors import main_guard
 
     with main_guard():
+        from titan_lite.checkpoint.save import SaveError
         from titan_lite.config.load import load_job
         from titan_lite.parallel.world import is_lost_peer
         from titan_lite.trainer import Trainer
 
         try:
             return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
+        except SaveError as error:
+            print(error, file=sys.stderr)
+            return 1
         except RuntimeError as error:
             if not is_lost_peer(error):
                 raise

@@ -118,7 +118,7 @@ class Trainer:
         job = self.job
         return CheckpointFacts(
             config=to_toml(job),
-            model=job.model.model_dump(mode="json"),
+            model=job.model.identity(),
             tokenizer=self.tokenizer.fingerprint(),
             data=self._agreed_data_fingerprint(),
             layout=dict(zip(("dp_replicate", "dp_shard"), self.world.mesh.shape, strict=True))
@@ -159,19 +159,13 @@ class Trainer:
                 f"{state['global_batch_size']} or -1",
                 code=CROSS_FIELD,
             )
-        data = state.pop("data", {"cursors": None})  # left out: the data start again
-        self.progress = Progress(**(vars(self.progress) | state | data))
+        self.progress = Progress(**(vars(self.progress) | state))
         return str(start.folder)
 
     def _train_state(self) -> dict[str, Any]:
         """The progress as JSON, with the cursors of all ranks' lanes in order."""
-        progress = self.progress
-        return {
-            "step": progress.step,
-            "tokens_seen": progress.tokens_seen,
-            "global_batch_size": progress.global_batch_size,
-            "data": {"cursors": [cursor for rank in self.world.gather(self.cursors) for cursor in rank]},
-        }
+        cursors = [cursor for rank in self.world.gather(self.cursors) for cursor in rank]
+        return vars(self.progress) | {"cursors": cursors}
 
     def _save(self, last: bool = False) -> None:
         start = time.perf_counter()

@@ -233,7 +233,7 @@ def test_two_ranks_resume_on_one_and_on_four(config: Path, tmp_path: Path, pool2
         states = [
             json.loads((f / "checkpoint/step-12/train_state.json").read_text()) for f in (tmp_path / "one", folder)
         ]
-        assert states[0]["data"] == states[1]["data"]
+        assert states[0]["cursors"] == states[1]["cursors"]
         assert states[0]["tokens_seen"] == states[1]["tokens_seen"] == 12 * 8 * 32
 
 

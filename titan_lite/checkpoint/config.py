@@ -54,7 +54,7 @@ class Checkpoint(ConfigBase):
     load_step: Annotated[int, Field(ge=-1)] = -1
     """Step to resume from; -1 = the newest complete one."""
     exclude_from_loading: Strings = ()
-    """Parts of a checkpoint not to load: "optimizer", "lr_scheduler", "dataloader", "train_state"."""
+    """Parts of a checkpoint not to load: "optimizer", "dataloader", "train_state", or the beginning of tensor names."""
     enable_first_step_checkpoint: bool = False
     """Also save after step 1."""
     create_seed_checkpoint: bool = False

@@ -21,7 +21,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
 
 
 def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the optimizer create its state, so that a checkpoint can be read into it, by a step that changes nothing."""
+    """Makes the optimizer create its state, for a checkpoint to be read into, by a step that changes nothing."""
     rates = [group["lr"] for group in optimizer.param_groups]
     decays = [group["weight_decay"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 from pydantic import Field
@@ -76,6 +76,14 @@ class Transformer(Module):
                 yield Problem(
                     code=CROSS_FIELD, key=".flavor", value=self.flavor, why="a flavor needs the preset in model.name"
                 )
+
+        def identity(self) -> dict[str, Any]:
+            """What trained weights depend on, as JSON: every setting but names, how they began and how they are computed."""
+            tables = self.model_dump(mode="json")
+            for key in ("name", "flavor", "hf_assets_path", "converters", "print_after_conversion", "init"):
+                del tables[key]
+            tables["attention"].pop("kernel", None)
+            return tables
 
         def layers(self) -> list[Layer]:
             """The choices of each block."""

@@ -56,11 +56,9 @@ def data_parallel_mesh(parallelism: Parallelism, world_size: int, device_type: s
 
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether a collective failed because another rank is gone, by the words of gloo and nccl."""
-    if isinstance(error, dist.DistError):
-        return True
-    return "gloo" in str(error) and any(
-        words in str(error) for words in ("by peer", "Connection refused", "Broken pipe")
-    )
+    of_a_group = isinstance(error, dist.DistError) or "gloo" in str(error)
+    signs = ("by peer", "Connection refused", "Broken pipe", "remote process exited")
+    return of_a_group and any(sign in str(error) for sign in signs)
 
 
 @dataclass(frozen=True)
