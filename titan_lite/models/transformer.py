@@ -78,7 +78,7 @@ class Transformer(Module):
                 )
 
         def identity(self) -> dict[str, Any]:
-            """What trained weights depend on, as JSON: every setting but names, how they began and how they are computed."""
+            """What trained weights depend on, as JSON: all but names, how they began and how they are computed."""
             tables = self.model_dump(mode="json")
             for key in ("name", "flavor", "hf_assets_path", "converters", "print_after_conversion", "init"):
                 del tables[key]
