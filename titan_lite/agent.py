@@ -31,10 +31,8 @@ from torch.distributed.elastic.agent.server.api import (
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
 from titan_lite.relay import SignalRelay, say
-from titan_lite.run.signals import EXIT_STOPPED, LAUNCHER_PID
-
-STORE = "TITAN_LITE_STORE"
-"""Environment variable with the path of the workers' FileStore on a single node; several nodes meet through `env://`."""
+from titan_lite.run.environment import LAUNCHER_PID
+from titan_lite.run.signals import EXIT_STOPPED
 
 SETTLE_SECONDS = 2.0
 """How long the other ranks may go on after the first failure: most notice it at once and have something to print."""

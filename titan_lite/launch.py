@@ -26,6 +26,7 @@ from pathlib import Path
 
 from titan_lite.config.errors import ConfigError, main_guard
 from titan_lite.relay import SignalRelay, say
+from titan_lite.run.environment import STORE
 
 DEFAULT_PORT = 29500
 RENDEZVOUS_SECONDS = 900
@@ -100,7 +101,7 @@ def run_workers(command: list[str], cluster: Cluster, dump_folder: Path, relay: 
     from torch.distributed.elastic.rendezvous.api import RendezvousHandler
     from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
-    from titan_lite.agent import STORE, FileRendezvous, WorkerAgent
+    from titan_lite.agent import FileRendezvous, WorkerAgent
 
     env = worker_environment(os.environ, cluster)
     log_folder = dump_folder / "logs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"

@@ -71,6 +71,7 @@ class CheckpointManager:
         self._writes = config.enable and not config.load_only
         self._background = Background()
         self._running: SaveRequest | None = None
+        self._in_background = False
         self._failure: SaveError | None = None
         self._snapshot = Snapshot(keep=config.async_mode == "async_with_pinned_mem")
         if self._writes and world.rank == 0:
@@ -205,8 +206,7 @@ class CheckpointManager:
             shards_of(self._export(tensors) if model_only else tensors),
             json.dumps(train_state).encode(),
         )
-        background = self.config.async_mode != "disabled" and not last
-        self._say("Saving the checkpoint of step %d%s.", step, " in the background" if background else "")
+        background = self._in_background = self.config.async_mode != "disabled" and not last
         if background:
             request = replace(request, shards=self._snapshot(request.shards))
         self._running = request
@@ -232,7 +232,10 @@ class CheckpointManager:
         began = time.monotonic()
         write_step(request, self.facts, self.world)
         step = request.origin.step
-        self._say("Saved %s in %.2f seconds.", self.folder / step_name(step), time.monotonic() - began)
+        if self._in_background:
+            self._say(
+                "Saved %s in the background in %.2f seconds", self.folder / step_name(step), time.monotonic() - began
+            )
         if self.world.rank == 0 and self.config.keep_latest_k:
             self._prune(step)
 

@@ -16,9 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
-
-STORE_VARIABLE = "TITAN_LITE_STORE"
-"""Path of the file through which one node's workers meet, set by the launcher; else torchrun's variables count."""
+from titan_lite.run.environment import STORE
 
 SAVE_TIMEOUT = timedelta(days=1)
 """Ranks wait for each other while a checkpoint is written, however slow the disk."""
@@ -35,7 +33,7 @@ def pick_device() -> torch.device:
 
 def _init_process_group(rank: int, size: int, device: torch.device, timeout: timedelta) -> None:
     """Joins through the launcher's file if there is one, alone if this is the only process, else as torchrun says."""
-    path = os.environ.get(STORE_VARIABLE)
+    path = os.environ.get(STORE)
     store = dist.FileStore(path, size) if path else dist.HashStore() if size == 1 else None
     dist.init_process_group(
         backend="cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",

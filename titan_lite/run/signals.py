@@ -14,14 +14,13 @@ import threading
 import time
 from types import FrameType
 
+from titan_lite.run.environment import LAUNCHER_PID
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 """A request to save and stop: Ctrl-C, a scheduler's termination, and the two warnings schedulers send ahead of it."""
 
 EXIT_STOPPED = 75
 """Exit code (sysexits' EX_TEMPFAIL) of a run that stopped on a signal after saving: start it again to go on."""
-
-LAUNCHER_PID = "TITAN_LITE_LAUNCHER_PID"
-"""Environment variable in which a launcher tells its workers who it is."""
 
 SAME_REQUEST_SECONDS = 1.0
 """One request often arrives twice: a scheduler signals every process of a step, and the launcher forwards its own."""
