@@ -12,6 +12,7 @@ from torch import Tensor
 
 from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
 from titan_lite.checkpoint.manager import CheckpointManager
+from titan_lite.checkpoint.restore import read_train_state
 from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
 from titan_lite.checkpoint.world import agreed
 from titan_lite.config.errors import CROSS_FIELD, ConfigError
@@ -46,6 +47,8 @@ class Progress:
     """Targets trained on, over all ranks."""
     global_batch_size: int
     """Rows per step; they are lanes of the data, so the number stays for the run's life."""
+    seed: int
+    """Draws the order of the data."""
     cursors: list[Any] | None
     """Where each row of the global batch goes on reading; None at the very start."""
 
@@ -90,7 +93,7 @@ class Trainer:
             vocab_size = vocab_size_for(job.model, self.tokenizer.vocab_size)
         self.training = build(job, world, self.precision, vocab_size)
         self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
-        self.progress = Progress(0, 0, self._first_global_batch_size(), None)
+        self.progress = Progress(0, 0, self._first_global_batch_size(), job.debug.seed, None)
         self.resumed_from = self._resume()
         self.accumulation = self._accumulation()
 
@@ -100,19 +103,16 @@ class Trainer:
         return training.local_batch_size * self.world.dp_size if given == -1 else given
 
     def _accumulation(self) -> int:
-        """Micro-batches per step; the global batch is the run's, the rest this start's."""
-        size, unit = self.progress.global_batch_size, self.job.training.local_batch_size * self.world.dp_size
-        if size % unit:
-            raise ConfigError.at(
-                "training.local_batch_size",
-                f"times the data-parallel degree {self.world.dp_size} does not divide the run's global batch of {size}",
-                self.job.training.local_batch_size,
-                f"a divisor of {size // self.world.dp_size}"
-                if size % self.world.dp_size == 0
-                else "another rank count",
-                code=CROSS_FIELD,
-            )
-        return size // unit
+        """Micro-batches per step: the global batch is the run's, whatever the rank count; the last one may be smaller."""
+        size, ranks, local = self.progress.global_batch_size, self.world.dp_size, self.job.training.local_batch_size
+        if size % ranks:
+            legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+            why = f"the run's global batch of {size} rows cannot be shared evenly by {ranks} data-parallel ranks"
+            raise ConfigError.at("training.global_batch_size", why, size, f"{legal} ranks", code=CROSS_FIELD)
+        share = size // ranks
+        if share % local:
+            logger.warning("training.local_batch_size = %d does not divide the %d rows of each rank", local, share)
+        return -(-share // local)
 
     def _checkpoint_facts(self) -> CheckpointFacts:
         job = self.job
@@ -148,19 +148,27 @@ class Trainer:
         if start.model_only:
             self.checkpoints.load(start, model_tensors(self.training.model))
             return str(start.folder)
+        with agreed(self.world):
+            self._check_lanes(read_train_state(start.folder))
         materialize_optimizer_state(self.training.optimizer)
         state = self.checkpoints.load(start, self._tensors())
-        given = self.job.training.global_batch_size
-        if start.resume and given not in (-1, state.get("global_batch_size", given)):
-            raise ConfigError.at(
-                "training.global_batch_size",
-                f"the run in {self.folder} has {state['global_batch_size']} rows per step, each a lane of the data",
-                given,
-                f"{state['global_batch_size']} or -1",
-                code=CROSS_FIELD,
-            )
+        if "cursors" not in state:  # left out: the data start again, in as many lanes as the config says
+            state["global_batch_size"] = self.progress.global_batch_size
         self.progress = Progress(**(vars(self.progress) | state))
         return str(start.folder)
+
+    def _check_lanes(self, state: dict[str, Any]) -> None:
+        """The rows of the global batch are lanes of the data, drawn by the seed: both stay as the run began."""
+        job = self.job
+        if "dataloader" in job.checkpoint.exclude_from_loading:
+            return
+        given, saved = job.training.global_batch_size, state.get("global_batch_size")
+        if given not in (-1, saved):
+            why = f"the checkpoint has {saved} rows per step, each a lane of the data that goes on from step to step"
+            raise ConfigError.at("training.global_batch_size", why, given, f"{saved} or -1", code=CROSS_FIELD)
+        if job.debug.seed != state.get("seed"):
+            why = "the checkpoint's data are in the order of another seed"
+            raise ConfigError.at("debug.seed", why, job.debug.seed, str(state.get("seed")), code=CROSS_FIELD)
 
     def _train_state(self) -> dict[str, Any]:
         """The progress as JSON, with the cursors of all ranks' lanes in order."""

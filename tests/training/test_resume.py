@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import load_job, to_toml
 from titan_lite.run.signals import EXIT_STOPPED, StopFlag
 from titan_lite.trainer import Trainer
@@ -213,14 +214,17 @@ def test_two_ranks_resume_on_one_and_on_four(config: Path, tmp_path: Path, pool2
     schedule = "--lr_scheduler.total_steps=12"
     assert run_trainer(config, tmp_path / "one", steps(12), schedule, *SHORT) == 0
     assert pool2.run(run_trainer, config, tmp_path / "two", steps(4), schedule, *SHORT) == [0, 0]
-    for name, go_on in (
-        ("on one", lambda *a: [run_trainer(*a)]),
-        ("on two", lambda *a: pool2.run(run_trainer, *a)),
-        ("on four", lambda *a: pool4.run(run_trainer, *a)),
+    for name, go_on, local in (
+        ("on one", lambda *a: [run_trainer(*a)], 2),
+        ("on two", lambda *a: pool2.run(run_trainer, *a), 2),
+        ("on four", lambda *a: pool4.run(run_trainer, *a), 2),
+        ("on one, uneven", lambda *a: [run_trainer(*a)], 3),
+        ("on four, larger than the share", lambda *a: pool4.run(run_trainer, *a), 5),
     ):
         folder = tmp_path / name
         shutil.copytree(tmp_path / "two", folder)
-        assert set(go_on(config, folder, steps(12), schedule, *SHORT)) == {0}
+        sizes = (f"--training.local_batch_size={local}", "--training.global_batch_size=-1")
+        assert set(go_on(config, folder, steps(12), schedule, *sizes, *SHORT)) == {0}
         expected, got = losses(tmp_path / "one"), losses(folder)
         assert list(got) == list(range(1, 13))
         for step, text in expected.items():
@@ -282,3 +286,20 @@ def test_resolved_config_is_written_and_loads_back(config: Path, tmp_path: Path)
     job = load_job(config, overrides)
     assert load_job(tmp_path / "config.toml") == job
     assert (tmp_path / "config.toml").read_text() == to_toml(job)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [("--training.global_batch_size=4", "training.global_batch_size"), ("--debug.seed=1", "debug.seed")],
+)
+def test_what_the_lanes_depend_on_stays(config: Path, tmp_path: Path, override: str, key: str):
+    overrides = ("--training.steps=4", *SHORT)
+    assert run_trainer(config, tmp_path, *overrides) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    go_on = ("--training.steps=6", "--checkpoint.interval=2", "--validation.no_enable")
+    with pytest.raises(ConfigError, match=key):
+        run_trainer(config, tmp_path, *go_on, override)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    # Where the data are to start again, both are free.
+    assert run_trainer(config, tmp_path, *go_on, override, "--checkpoint.exclude_from_loading=dataloader") == 0
+    assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]

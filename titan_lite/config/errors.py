@@ -81,7 +81,7 @@ class Problem:
         lines = [head, f"    {self.why}" + (f"; did you mean `{self.nearest}`?" if self.nearest else "")]
         if self.allowed:
             lines.append(f"    allowed: {self.allowed}")
-        return "\n".join(map(printable, lines))
+        return "\n".join(printable(line) for text in lines for line in text.split("\n"))
 
     def as_dict(self) -> dict[str, Any]:
         """For `check_config.py --json`; `value` is as it would stand in TOML, absent where there is none."""

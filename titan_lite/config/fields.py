@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import Annotated
 
 from pydantic import AfterValidator, Field
@@ -26,6 +27,15 @@ def _printable(value: str) -> str:
     return value
 
 
+def _inside(value: str) -> str:
+    parts = PurePath(value).parts
+    if PurePath(value).is_absolute() or ".." in parts:
+        raise ValueError("must be inside job.dump_folder: a relative path without ..")
+    return value
+
+
 PositiveOrMinusOne = Annotated[int, AfterValidator(_positive_or_minus_one)]
 Folder = Annotated[str, AfterValidator(_printable)]
+InnerFolder = Annotated[Folder, AfterValidator(_inside)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Strings = Annotated[tuple[str, ...], Field(strict=False)]

@@ -31,6 +31,9 @@ def command_line_layer(arguments: Sequence[str], root: Table, below: Mapping[str
     todo = list(arguments)
     while todo:
         argument = todo.pop(0)
+        if not _is_unicode(argument):
+            problems.append(_problem("", f"{show(argument)} is not valid UTF-8"))
+            continue
         name, equals, raw = argument.partition("=")
         parts = name[2:].split(".")
         path: Path = tuple(parts)
@@ -45,13 +48,18 @@ def command_line_layer(arguments: Sequence[str], root: Table, below: Mapping[str
             value = todo.pop(0) == "true" if todo and todo[0] in ("true", "false") else True
         elif field is None and (positive := _negated(path)) and _is_bool(_field(root, positive, below, layer)):
             path, value = positive, False
-        elif todo and not todo[0].startswith("--"):
+        elif todo and not todo[0].startswith("--") and _is_unicode(todo[0]):
             value = parse(todo.pop(0), field)
         else:
             problems.append(_problem(key_text(path), "has no value", allowed=f"{name}=value or {name} value"))
             continue
         _set(layer, path, value, problems)
     return layer, problems
+
+
+def _is_unicode(argument: str) -> bool:
+    """False for bytes of the command line that Python could not decode: lone surrogates stand for them."""
+    return not any("\ud800" <= character <= "\udfff" for character in argument)
 
 
 def parse(raw: str, field: FieldInfo | None) -> Any:

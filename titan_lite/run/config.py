@@ -12,7 +12,16 @@ from pydantic import Field
 from titan_lite.config.component import ConfigBase
 from titan_lite.config.datasets import c4_test_notice, source_table, unknown_dataset
 from titan_lite.config.errors import CROSS_FIELD, Problem
-from titan_lite.config.fields import Count, Folder, NonNegativeFloat, PositiveInt, PositiveOrMinusOne, Strings
+from titan_lite.config.fields import (
+    Count,
+    Folder,
+    InnerFolder,
+    NonNegativeFloat,
+    PositiveInt,
+    PositiveOrMinusOne,
+    Seed,
+    Strings,
+)
 from titan_lite.data.source import Source
 
 if TYPE_CHECKING:
@@ -143,7 +152,7 @@ class Metrics(ConfigBase):
     """Write TensorBoard scalars."""
     disable_color_printing: bool = False
     """Plain console lines."""
-    save_tb_folder: Folder = "tb"
+    save_tb_folder: InnerFolder = "tb"
     """Folder of the TensorBoard files, inside job.dump_folder."""
     save_for_all_ranks: bool = False
     """Every rank writes its scalars, not only the first."""
@@ -156,7 +165,7 @@ class Profiling(ConfigBase):
 
     enable_profiling: bool = False
     """Write traces of some steps."""
-    save_traces_folder: Folder = "profile_traces"
+    save_traces_folder: InnerFolder = "profile_traces"
     """Folder of the traces, inside job.dump_folder."""
     profile_freq: PositiveInt = 10
     """Steps from one trace to the next."""
@@ -166,7 +175,7 @@ class Profiling(ConfigBase):
     """Steps the profiler warms up before each trace."""
     enable_memory_snapshot: bool = False
     """Write CUDA memory snapshots."""
-    save_memory_snapshot_folder: Folder = "memory_snapshot"
+    save_memory_snapshot_folder: InnerFolder = "memory_snapshot"
     """Folder of the snapshots, inside job.dump_folder."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
@@ -232,14 +241,14 @@ class Generation(ConfigBase):
     """Sample among the k likeliest tokens; 0 = all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample among the likeliest tokens that together have this probability; 1 = all."""
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of the sampling."""
 
 
 class Debug(ConfigBase):
     """[debug]: seed and determinism."""
 
-    seed: Count = 0
+    seed: Seed = 0
     """Seed of weights, data order and every other random draw."""
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
@@ -258,7 +267,7 @@ class Comm(ConfigBase):
     """Seconds a collective may take afterwards."""
     trace_buf_size: Count = 20000
     """Entries of NCCL's flight recorder; 0 = off."""
-    save_traces_folder: Folder = "comm_traces"
+    save_traces_folder: InnerFolder = "comm_traces"
     """Folder of the flight recorder's traces, inside job.dump_folder."""
     save_traces_file_prefix: str = "rank_"
     """Beginning of their file names."""

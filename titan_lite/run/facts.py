@@ -35,7 +35,7 @@ def run_facts(
         peak_flops=peak_flops(name),
         world_size=world.size,
         dp_size=world.dp_size,
-        local_batch_size=job.training.local_batch_size,
+        local_batch_size=min(job.training.local_batch_size, progress.global_batch_size // world.dp_size),
         global_batch_size=progress.global_batch_size,
         accumulation=accumulation,
         seq_len=job.training.seq_len,

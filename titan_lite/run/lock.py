@@ -25,11 +25,15 @@ class RunLock:
     held: ClassVar[set[Path]] = set()
 
     def __init__(self, dump_folder: Path) -> None:
-        dump_folder.mkdir(parents=True, exist_ok=True)
-        self.path = dump_folder.resolve() / LOCK
-        if self.path in self.held:
-            raise self._taken(f"pid {os.getpid()} on {socket.gethostname()}, this very process")
-        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            dump_folder.mkdir(parents=True, exist_ok=True)
+            self.path = dump_folder.resolve() / LOCK
+            if self.path in self.held:
+                raise self._taken(f"pid {os.getpid()} on {socket.gethostname()}, this very process")
+            self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            why = f"is no folder that can be written to: {error.strerror}"
+            raise ConfigError.at("job.dump_folder", why, value=str(dump_folder)) from None
         try:
             fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
