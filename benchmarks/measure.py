@@ -7,9 +7,11 @@ import platform
 import statistics
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from titan_lite.run.device import device_name
 
@@ -27,8 +29,34 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} .. {max(values):.{digits}f})"
 
 
-class OpCounter:
-    """Counts the calls of every ATen op, composite ones and those they call alike, between `start` and `stop`."""
+class OpCounter(Protocol):
+    """Counts calls of ATen ops by name between `start` and `stop`."""
+
+    def start(self) -> None: ...
+    def stop(self) -> Counter[str]: ...
+
+
+class DispatchedOps(TorchDispatchMode):
+    """Those that reach a kernel, under autograd; what runs inside a compiled graph would be run eagerly instead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._counts[str(func.overloadpacket)] += 1
+        return func(*args, **(kwargs or {}))
+
+    def start(self) -> None:
+        self.__enter__()
+
+    def stop(self) -> Counter[str]:
+        self.__exit__(None, None, None)
+        return self._counts
+
+
+class ProfiledOps:
+    """Those that the profiler sees: composite ops and what they call alike, and what a compiled graph calls."""
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU])
@@ -39,7 +67,7 @@ class OpCounter:
     def stop(self) -> Counter[str]:
         self._profile.stop()
         names = (event.name for event in self._profile.events())
-        return Counter(name for name in names if name.startswith("aten::"))
+        return Counter(name.replace("::", ".") for name in names if name.startswith("aten::"))
 
 
 def difference(ours: Counter[str], theirs: Counter[str]) -> dict[str, int]:

@@ -32,10 +32,14 @@ def arguments() -> argparse.Namespace:
         ("temperature", 0 <= options.temperature < float("inf"), "0 or more"),
         ("top_k", options.top_k >= 0, "0 or more"),
         ("top_p", 0 < options.top_p <= 1, "above 0, at most 1"),
-        ("seed", options.seed >= 0, "0 or more"),
+        ("seed", 0 <= options.seed < 2**63, "0 to 2^63 - 1"),
     ):
         if not legal:
             parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: allowed is {allowed}")
+    try:
+        options.prompt.encode()
+    except UnicodeEncodeError:
+        parser.error("--prompt: is not valid UTF-8")
     return options
 
 

@@ -103,7 +103,7 @@ class Trainer:
         return training.local_batch_size * self.world.dp_size if given == -1 else given
 
     def _accumulation(self) -> int:
-        """Micro-batches per step: the global batch is the run's, whatever the rank count; the last one may be smaller."""
+        """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
         size, ranks, local = self.progress.global_batch_size, self.world.dp_size, self.job.training.local_batch_size
         if size % ranks:
             legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
