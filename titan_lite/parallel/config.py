@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import CROSS_FIELD, NOT_AVAILABLE, Problem
+from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, Problem
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 
 if TYPE_CHECKING:
@@ -153,6 +153,15 @@ class Compile(ConfigBase):
     """Parts to compile."""
     backend: str = "inductor"
     """Backend of torch.compile."""
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        if not self.enable or self.backend == "inductor":
+            return
+        from torch._dynamo import list_backends  # seconds to import, so only for a name that is not known to be there
+
+        known = list_backends(exclude_tags=())
+        if self.backend not in known:
+            yield Problem(NOT_ALLOWED, ".backend", "torch.compile has no such backend", self.backend, ", ".join(known))
 
 
 class Float8Linear(ConfigBase):
