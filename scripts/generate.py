@@ -58,7 +58,17 @@ def main(options: argparse.Namespace) -> None:
     tokens: list[int] = []
     shown = ""
     print(options.prompt, end="", flush=True)
-    for token in generate(model, prompt, options.max_new_tokens, sampling, options.seed, device, tokenizer.eos_id):
+    stream = generate(
+        model,
+        prompt,
+        options.max_new_tokens,
+        sampling,
+        options.seed,
+        device,
+        tokenizer.vocab_size,
+        tokenizer.eos_id,
+    )
+    for token in stream:
         tokens.append(token)
         # The last characters may still lack their last bytes: they wait until they are whole.
         text = tokenizer.decode(tokens)
@@ -70,4 +80,7 @@ def main(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main(arguments())
+    try:
+        main(arguments())
+    except FloatingPointError as error:
+        sys.exit(f"\n{error}")

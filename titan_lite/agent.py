@@ -30,6 +30,7 @@ from torch.distributed.elastic.agent.server.api import (
 )
 from torch.distributed.elastic.rendezvous.api import RendezvousHandler, RendezvousInfo, RendezvousStoreInfo
 
+from titan_lite.config.errors import ConfigError
 from titan_lite.relay import SignalRelay, say
 from titan_lite.run.environment import LAUNCHER_PID
 from titan_lite.run.signals import EXIT_STOPPED
@@ -171,7 +172,11 @@ class WorkerAgent(SimpleElasticAgent):
         path: Path | None = None
         output: AbstractContextManager[IO[bytes] | None] = contextlib.nullcontext()
         if rank not in self._shown:
-            self._log_folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._log_folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"the log folder {self._log_folder} cannot be made: {error.strerror}"
+                raise ConfigError.at("job.dump_folder", why) from None
             path = self._log_folder / f"rank{rank}.log"
             output = path.open("xb")
         with output as log:
@@ -208,8 +213,11 @@ class WorkerAgent(SimpleElasticAgent):
 
 
 def _root_cause(failed: list[LocalWorker]) -> LocalWorker:
-    """The first to end, except that nobody exits with 2 because of somebody else."""
-    return min(failed, key=lambda worker: (worker.code != 2, worker.ended))
+    """The first to end, except that nobody exits with 2 because of somebody else.
+
+    All ranks tell a bad config alike: one that the console shows has told it already.
+    """
+    return min(failed, key=lambda worker: (worker.code != 2, worker.code == 2 and worker.log is not None, worker.ended))
 
 
 def _tail(path: Path) -> str:

@@ -56,10 +56,13 @@ class Sampling:
     """Draw among the likeliest tokens that together reach this probability, the one that reaches it included."""
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
-        """Next token from logits (V,)."""
+        """Next token from logits (V,). Raises FloatingPointError where a logit is not a number or infinite."""
+        if not logits.isfinite().all():
+            raise FloatingPointError("the model's logits are not finite")
         if self.temperature == 0:
             return int(logits.argmax())
-        values, tokens = torch.sort(logits.float() / self.temperature, descending=True, stable=True)
+        values, tokens = torch.sort(logits.double(), descending=True, stable=True)
+        values = (values - values[0]) / self.temperature  # the largest is 0: no temperature is too small
         if self.top_k:
             values, tokens = values[: self.top_k], tokens[: self.top_k]
         probabilities = values.softmax(-1)
@@ -83,9 +86,13 @@ def generate(
     sampling: Sampling,
     seed: int,
     device: torch.device,
+    vocab_size: int,
     end: int | None = None,
 ) -> Iterator[int]:
-    """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens."""
+    """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens.
+
+    Tokens are below `vocab_size`, the tokenizer's: the model's own may have been rounded up.
+    """
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(len(prompt) + max_new_tokens)
     tokens = torch.tensor([list(prompt)], device=device)  # (1, T)
@@ -94,7 +101,7 @@ def generate(
         with torch.compiler.set_stance("force_eager"):
             logits = model(tokens, memory=cache, consume=last_logits)
         cache.advance(tokens.shape[1])
-        token = sampling.draw(logits[0, -1], generator)
+        token = sampling.draw(logits[0, -1, :vocab_size], generator)
         if token == end:
             return
         yield token

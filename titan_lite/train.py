@@ -5,9 +5,13 @@ The first lines run before torch is imported: from then on the worker dies with 
 
 from __future__ import annotations
 
+import errno
 import sys
 
 from titan_lite.run.signals import StopFlag, die_with_parent
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+"""What the machine's disks do to a run; not a fault of the program that a traceback would help to find."""
 
 
 def main(arguments: list[str]) -> int:
@@ -26,6 +30,11 @@ def main(arguments: list[str]) -> int:
             return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
         except SaveError as error:
             print(error, file=sys.stderr)
+            return 1
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            print(f"Training failed: {error}", file=sys.stderr)
             return 1
         except RuntimeError as error:
             if not is_lost_peer(error):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
+from titan_lite.checkpoint.folder import list_steps
 from titan_lite.checkpoint.manager import CheckpointManager
 from titan_lite.checkpoint.restore import read_train_state
 from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
@@ -27,6 +29,7 @@ from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World, pick_device
 from titan_lite.run.determinism import seed_everything, set_deterministic
 from titan_lite.run.facts import run_facts
+from titan_lite.run.files import write_whole
 from titan_lite.run.hooks import StepResult
 from titan_lite.run.lock import RunLock
 from titan_lite.run.logging import logger, setup_logging
@@ -93,6 +96,7 @@ class Trainer:
             vocab_size = vocab_size_for(job.model, self.tokenizer.vocab_size)
         self.training = build(job, world, self.precision, vocab_size)
         self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
+        self._refuse_unseen_checkpoints()
         self.progress = Progress(0, 0, self._first_global_batch_size(), job.debug.seed, None)
         self.resumed_from = self._resume()
         self.accumulation = self._accumulation()
@@ -101,6 +105,13 @@ class Trainer:
         training = self.job.training
         given = training.global_batch_size
         return training.local_batch_size * self.world.dp_size if given == -1 else given
+
+    def _refuse_unseen_checkpoints(self) -> None:
+        """With checkpoints off, a run in a folder that has some would start over and mix its records with theirs."""
+        config = self.job.checkpoint
+        if not config.enable and list_steps(self.folder / config.folder):
+            why = f"is off, but {self.folder / config.folder} holds checkpoints of a run"
+            raise ConfigError.at("checkpoint.enable", why, False, "true, or another job.dump_folder", code=CROSS_FIELD)
 
     def _accumulation(self) -> int:
         """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
@@ -145,6 +156,10 @@ class Trainer:
         start = self.checkpoints.start()
         if start is None:
             return None
+        finished = self.checkpoints.finished(start, self.job.training.steps)
+        if finished is not None:
+            self.progress.step = finished
+            return str(start.folder)
         if start.model_only:
             self.checkpoints.load(start, model_tensors(self.training.model))
             return str(start.folder)
@@ -204,11 +219,13 @@ class Trainer:
         job, world = self.job, self.world
         with agreed(world):
             batches = self._batches()
+            if job.validation.enable:
+                next(self._validation_batches())  # no documents to validate on: better now than after hours
         self.hooks = build_hooks(job, world.rank, world.device)
         reason = "failed"
         try:
             if world.rank == 0:
-                (self.folder / "config.toml").write_text(to_toml(job))
+                write_whole(self.folder / "config.toml", to_toml(job))
                 if job.job.print_config:
                     logger.info("Config:\n%s", to_toml(job))
             self.hooks.on_start(
@@ -277,16 +294,19 @@ class Trainer:
             self._save(last)
 
     def _validate(self) -> None:
+        batches = self._validation_batches()
+        self.hooks.on_validation(validate(self.training, batches, self.tokenizer.token_bytes, self.progress.step))
+
+    def _validation_batches(self) -> Iterator[Batch]:
         job, world = self.job, self.world
-        batches = validation_batches(
+        return validation_batches(
             job.data, job.validation, self.tokenizer, dp_rank=world.dp_rank, dp_size=world.dp_size
         )
-        self.hooks.on_validation(validate(self.training, batches, self.tokenizer.token_bytes, self.progress.step))
 
     def _save_and_stop(self) -> int:
         """A signal came: saves what is not saved yet. 75 where the run can go on, 1 where nothing could be saved."""
         if not self.checkpoints.due(self.progress.step, last=True):
-            logger.error("Stopped on a signal; checkpoint.enable is false, so nothing was saved")
+            logger.error("Stopped on a signal; nothing was saved: checkpoint.enable is false, or load_only is true")
             return 1
         if self.progress.step > 0:
             self._save()

@@ -31,19 +31,19 @@ def test_greedy_equals_repeated_full_forwards():
     expected = [3, 1, 4]
     for _ in range(12):
         expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    assert list(generate(model, [3, 1, 4], 12, Sampling(temperature=0), 0, CPU)) == expected[3:]
+    assert list(generate(model, [3, 1, 4], 12, Sampling(temperature=0), 0, CPU, VOCAB)) == expected[3:]
 
 
 def test_same_seed_same_tokens():
     model = tiny_model()
-    draws = [list(generate(model, [1], 20, Sampling(temperature=1.0), seed, CPU)) for seed in (0, 0, 1)]
+    draws = [list(generate(model, [1], 20, Sampling(temperature=1.0), seed, CPU, VOCAB)) for seed in (0, 0, 1)]
     assert draws[0] == draws[1] != draws[2]
 
 
 def test_generation_stops_before_the_end_token():
     model = tiny_model()
-    full = list(generate(model, [1], 20, Sampling(), 0, CPU))
-    assert list(generate(model, [1], 20, Sampling(), 0, CPU, end=full[7])) == full[: full.index(full[7])]
+    full = list(generate(model, [1], 20, Sampling(), 0, CPU, VOCAB))
+    assert list(generate(model, [1], 20, Sampling(), 0, CPU, VOCAB, end=full[7])) == full[: full.index(full[7])]
 
 
 def frequencies(sampling: Sampling, logits: torch.Tensor, draws: int = 4000) -> torch.Tensor:
@@ -68,3 +68,15 @@ def test_sampling_frequencies():
     torch.testing.assert_close(frequencies(Sampling(top_p=0.7), logits), two / two.sum(), atol=tolerance, rtol=0)
     assert frequencies(Sampling(top_p=0.5), logits, 50)[1] == 1
     assert frequencies(Sampling(top_k=1), logits, 50)[1] == 1
+
+
+def test_tokens_stay_within_the_tokenizer():
+    model = tiny_model()
+    assert max(generate(model, [1], 60, Sampling(temperature=2.0), 0, CPU, 5)) < 5
+
+
+def test_a_tiny_temperature_is_greedy_and_broken_logits_are_told():
+    logits = torch.tensor([0.0, 3.0, 2.999])
+    assert Sampling(temperature=1e-300).draw(logits, torch.Generator()) == 1
+    with pytest.raises(FloatingPointError, match="not finite"):
+        Sampling().draw(torch.tensor([0.0, float("nan")]), torch.Generator())

@@ -13,6 +13,7 @@ from titan_lite.run.sink import LoggedStep, LoggedValidation
 
 def run_facts(folder: Path, **changes: Any) -> RunFacts:
     facts = RunFacts(
+        description="debug run",
         model="llama3 debugmodel",
         parameters=6_163_456,
         parameters_without_embedding=6_032_384,

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import FILE_MISSING, NOT_AVAILABLE, Problem
-from titan_lite.config.fields import Count, Folder, PositiveInt, Strings
+from titan_lite.config.fields import Count, InnerFolder, PositiveInt, Strings
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -29,7 +29,7 @@ class Checkpoint(ConfigBase):
     """Save, and resume from the newest checkpoint of the dump folder."""
     enable_ft_dataloader_checkpoints: bool = True
     """Idle: belongs to [fault_tolerance]."""
-    folder: Folder = "checkpoint"
+    folder: InnerFolder = "checkpoint"
     """Folder of the checkpoints, inside job.dump_folder."""
     interval: PositiveInt = 500
     """Steps between saves (the last step is always saved)."""
@@ -73,5 +73,11 @@ class Checkpoint(ConfigBase):
             yield Problem(FILE_MISSING, ".initial_load_path", "does not exist", self.initial_load_path)
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if not self.enable:
+            for key, default in (("initial_load_path", ""), ("load_step", -1), ("load_only", False)):
+                if getattr(self, key) != default:
+                    yield f"checkpoint.{key} has no effect: checkpoint.enable is false"
+        if self.export_dtype != "float32" and not self.last_save_model_only:
+            yield "checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is false"
         if self.create_seed_checkpoint:
             yield "checkpoint.create_seed_checkpoint is not honoured: every layout starts from the same weights"

@@ -28,7 +28,7 @@ from titan_lite.checkpoint.folder import (
     retire_after,
     step_name,
 )
-from titan_lite.checkpoint.manifest import Manifest
+from titan_lite.checkpoint.manifest import Manifest, read_manifest
 from titan_lite.checkpoint.restore import MODEL, load_verified, read_index, read_train_state, verified_manifest
 from titan_lite.checkpoint.save import SaveError, SaveRequest, write_step
 from titan_lite.checkpoint.shard import shards_of
@@ -75,7 +75,11 @@ class CheckpointManager:
         self._failure: SaveError | None = None
         self._snapshot = Snapshot(keep=config.async_mode == "async_with_pinned_mem")
         if self._writes and world.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                why = f"{self.folder} cannot be made: {error.strerror}"
+                raise ConfigError.at("checkpoint.folder", why, config.folder) from None
             for name in collect_junk(self.folder):
                 log.info("Removed %s, left by a save that did not finish.", self.folder / name)
         self._steps: list[int] = world.broadcast(list_steps(self.folder) if config.enable else [])
@@ -118,6 +122,12 @@ class CheckpointManager:
             folder = find_checkpoint(Path(self.config.initial_load_path).expanduser())
         return Start(folder, resume=False, model_only=self.config.initial_load_model_only)
 
+    def finished(self, start: Start, steps: int) -> int | None:
+        """The step of a run that has done all of its `steps` and kept only its weights: nothing to load then."""
+        with agreed(self.world):
+            manifest = read_manifest(start.folder)
+        return manifest.step if start.resume and manifest.model_only and manifest.step >= steps else None
+
     def load(self, start: Start, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """Fills `tensors` in place and returns the train state ({} with `model_only`).
 
@@ -148,17 +158,21 @@ class CheckpointManager:
                 "but one with another job.dump_folder can start from it, with checkpoint.initial_load_path"
             )
             problems.append(damaged(start.folder / MANIFEST, why))
+        differs = model_problems(start.folder, manifest.model.config, self.facts.model)
         if start.resume:
-            problems += model_problems(start.folder, manifest.model.config, self.facts.model)
+            problems += differs
+        elif self.world.rank == 0:
+            for problem in differs:
+                log.warning("%s: %s", problem.key, problem.why)
+        if not start.model_only:
             for part, saved, ours in (
                 ("tokenizer", manifest.tokenizer, self.facts.tokenizer),
                 ("data", manifest.data, self.facts.data),
             ):
                 left_out = part == "data" and CURSORS in self._parts()
                 if saved and ours and saved != ours and not left_out:
-                    why = (
-                        f"{start.folder} was written with another {part}: its fingerprint is {saved}, this run's {ours}"
-                    )
+                    what = f"another {part} (its files, or a setting of [{part}])"
+                    why = f"{start.folder} was written with {what}: its fingerprint is {saved}, this run's {ours}"
                     problems.append(Problem(BAD_INPUT, part, why))
         return problems
 

@@ -143,6 +143,11 @@ class ActivationCheckpoint(ConfigBase):
         if self.mode == "memory_budget":
             yield Problem(NOT_AVAILABLE, ".mode", "is not available yet", self.mode, '"none", "full" or "selective"')
 
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        every, layers = self.selective_ac_option, job.model.n_layers
+        if self.mode == "selective" and every != "op" and int(every) > layers:
+            yield f"activation_checkpoint.selective_ac_option = {every} checkpoints none of the model's {layers} layers"
+
 
 class Compile(ConfigBase):
     """[compile]: torch.compile, per block."""

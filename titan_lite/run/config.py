@@ -159,6 +159,10 @@ class Metrics(ConfigBase):
     enable_wandb: bool = False
     """Log to Weights & Biases (extra `wandb`)."""
 
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.save_for_all_ranks and not (self.enable_tensorboard or self.enable_wandb):
+            yield "metrics.save_for_all_ranks has no effect: neither enable_tensorboard nor enable_wandb is true"
+
 
 class Profiling(ConfigBase):
     """[profiling]: torch profiler traces and CUDA memory snapshots."""
@@ -183,6 +187,10 @@ class Profiling(ConfigBase):
         if self.enable_profiling and self.profile_freq < needed:
             why = f"is shorter than one trace: profiler_warmup + profiler_active = {needed} steps"
             yield Problem(CROSS_FIELD, ".profile_freq", why, self.profile_freq, f"at least {needed}")
+
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.enable_profiling and self.profile_freq > job.training.steps:
+            yield f"profiling.profile_freq = {self.profile_freq} exceeds training.steps: no trace will be written"
 
 
 class Validation(ConfigBase):

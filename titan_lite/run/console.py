@@ -22,7 +22,10 @@ class ConsoleSink(Sink):
         for warning in facts.warnings:
             logger.warning(warning)
         logger.info(
-            "Starting %s\n%s", facts.model, "\n".join(f"  {name:<8} {text}" for name, text in fact_lines(facts))
+            "Starting job: %s (%s)\n%s",
+            facts.description,
+            facts.model,
+            "\n".join(f"  {name:<8} {text}" for name, text in fact_lines(facts)),
         )
 
     def step(self, row: LoggedStep) -> None:

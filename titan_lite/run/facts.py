@@ -26,6 +26,7 @@ def run_facts(
     name = device_name(world.device)
     dtype = str(precision.param).removeprefix("torch.")
     return RunFacts(
+        description=job.job.description,
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,

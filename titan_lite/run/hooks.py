@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class RunFacts:
     """What is known when training is about to start."""
 
+    description: str
+    """What the user calls the run."""
     model: str
     """Name for people, such as "llama3 debugmodel"."""
     parameters: int

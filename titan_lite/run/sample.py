@@ -22,7 +22,21 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)
-        device, end = training.world.device, tokenizer.eos_id
         with evaluating(training.model):
-            tokens = list(generate(training.model, ids, config.max_new_tokens, sampling, config.seed, device, end))
-        logger.info("Sample: %s%s", prompt, tokenizer.decode(tokens))
+            tokens = generate(
+                training.model,
+                ids,
+                config.max_new_tokens,
+                sampling,
+                config.seed,
+                training.world.device,
+                tokenizer.vocab_size,
+                tokenizer.eos_id,
+            )
+            try:
+                text = prompt + tokenizer.decode(list(tokens))
+            except FloatingPointError as error:
+                logger.error("No sample: %s", error)
+                return
+        # A model may write escape sequences, which are not for the terminal to follow.
+        logger.info("Sample: %s", "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
