@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,12 @@ class Sampling:
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> int:
         """Next token from logits (V,). Raises FloatingPointError where a logit is not a number or infinite."""
+        logits = logits.cpu().double()  # a GPU's cumsum is not deterministic
         if not logits.isfinite().all():
             raise FloatingPointError("the model's logits are not finite")
         if self.temperature == 0:
             return int(logits.argmax())
-        values, tokens = torch.sort(logits.double(), descending=True, stable=True)
+        values, tokens = torch.sort(logits, descending=True, stable=True)
         values = (values - values[0]) / self.temperature  # the largest is 0: no temperature is too small
         if self.top_k:
             values, tokens = values[: self.top_k], tokens[: self.top_k]
@@ -69,8 +70,7 @@ class Sampling:
         if self.top_p < 1:
             before = probabilities.cumsum(-1) - probabilities
             probabilities = probabilities.masked_fill(before >= self.top_p, 0.0)
-        chosen = torch.multinomial(probabilities.cpu(), 1, generator=generator)
-        return int(tokens.cpu()[chosen])
+        return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
 def last_logits(x: Tensor, weight: Tensor) -> Tensor:
@@ -88,10 +88,12 @@ def generate(
     device: torch.device,
     vocab_size: int,
     end: int | None = None,
+    agree: Callable[[int], int] = int,
 ) -> Iterator[int]:
     """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens.
 
-    Tokens are below `vocab_size`, the tokenizer's: the model's own may have been rounded up.
+    Tokens are below `vocab_size`, the tokenizer's: the model's own may have been rounded up. Ranks that share a sharded
+    model must go on with the same token: `agree` makes one of theirs.
     """
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(len(prompt) + max_new_tokens)
@@ -101,7 +103,7 @@ def generate(
         with torch.compiler.set_stance("force_eager"):
             logits = model(tokens, memory=cache, consume=last_logits)
         cache.advance(tokens.shape[1])
-        token = sampling.draw(logits[0, -1, :vocab_size], generator)
+        token = agree(sampling.draw(logits[0, -1, :vocab_size], generator))
         if token == end:
             return
         yield token

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
+from titan_lite.models.init import initialize
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
@@ -60,12 +61,17 @@ class StepTensors(NamedTuple):
     lr: float
 
 
-def build(job: Job, world: World, precision: Precision, vocab_size: int) -> Training:
-    """The model of `job`, sharded over `world` with its initial weights, and its optimizer."""
+def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: bool = False) -> Training:
+    """The model of `job`, sharded over `world` with its initial weights, and its optimizer.
+
+    `blank` leaves the weights as the memory was: for a checkpoint that will fill all of them.
+    """
     with torch.device("meta"):
         model: Transformer = job.model.build(vocab_size=vocab_size).to(precision.master)
     specs = collect_specs(model)
-    parallelize(model, specs, job, world, precision)
+    parallelize(model, job, world, precision)
+    if not blank:
+        initialize(model, specs, job.model.init.build(n_layers=job.model.n_layers), job.debug.seed)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
     return Training(
         world=world,

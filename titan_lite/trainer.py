@@ -11,14 +11,15 @@ from typing import Any
 
 from torch import Tensor
 
+from titan_lite.checkpoint.compare import model_problems
 from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
 from titan_lite.checkpoint.folder import list_steps
-from titan_lite.checkpoint.manager import CheckpointManager
+from titan_lite.checkpoint.manager import CheckpointManager, Start
 from titan_lite.checkpoint.restore import read_train_state
 from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
 from titan_lite.checkpoint.world import agreed
 from titan_lite.config.errors import CROSS_FIELD, ConfigError
-from titan_lite.config.load import to_toml
+from titan_lite.config.load import job_from_toml, to_toml
 from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.loader import TrainBatches, data_fingerprint, train_batches, validation_batches
 from titan_lite.data.tokenizer import Tokenizer
@@ -78,15 +79,18 @@ class Trainer:
         self.world = World.connect(job.parallelism, device, sharded, job.comm.init_timeout_seconds)
         setup_logging(self.world.rank, color=not job.metrics.disable_color_printing)
         with ExitStack() as stack:
-            stack.callback(self.world.close)
             with agreed(self.world):
                 if self.world.rank == 0:
                     stack.enter_context(RunLock(self.folder))
             self._prepare()
+            code = 0
             if self.progress.step >= job.training.steps:
                 logger.info(f"Nothing to do: {self.folder} is at step {self.progress.step} of {job.training.steps}")
-                return 0
-            return self._train()
+            else:
+                code = self._train()
+        # Only where all went well: after an error, taking the group down could wait for ranks that are in a collective.
+        self.world.close()
+        return code
 
     def _prepare(self) -> None:
         """Everything up to the first step: tokenizer, model, checkpoint, data."""
@@ -94,11 +98,14 @@ class Trainer:
         with agreed(world):
             self.tokenizer: Tokenizer = job.tokenizer.build()
             vocab_size = vocab_size_for(job.model, self.tokenizer.vocab_size)
-        self.training = build(job, world, self.precision, vocab_size)
         self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
-        self._refuse_unseen_checkpoints()
+        start = self.checkpoints.start()
+        if start is None:
+            self._refuse_another_run()
+        filled = start is not None and not job.checkpoint.exclude_from_loading
+        self.training = build(job, world, self.precision, vocab_size, blank=filled)
         self.progress = Progress(0, 0, self._first_global_batch_size(), job.debug.seed, None)
-        self.resumed_from = self._resume()
+        self.resumed_from = None if start is None else self._resume(start)
         self.accumulation = self._accumulation()
 
     def _first_global_batch_size(self) -> int:
@@ -106,9 +113,13 @@ class Trainer:
         given = training.global_batch_size
         return training.local_batch_size * self.world.dp_size if given == -1 else given
 
-    def _refuse_unseen_checkpoints(self) -> None:
-        """With checkpoints off, a run in a folder that has some would start over and mix its records with theirs."""
-        config = self.job.checkpoint
+    def _refuse_another_run(self) -> None:
+        """A run that starts from nothing must not write over another one: one with checkpoints, or of another model."""
+        config, written = self.job.checkpoint, self.folder / "config.toml"
+        if written.exists():
+            identity = job_from_toml(written.read_text(encoding="utf-8"), written).model.identity()
+            if problems := model_problems(written, identity, self.job.model.identity()):
+                raise ConfigError(problems)
         if not config.enable and list_steps(self.folder / config.folder):
             why = f"is off, but {self.folder / config.folder} holds checkpoints of a run"
             raise ConfigError.at("checkpoint.enable", why, False, "true, or another job.dump_folder", code=CROSS_FIELD)
@@ -151,11 +162,8 @@ class Trainer:
         model, optimizer = self.training.model, self.training.optimizer
         return model_tensors(model) | optimizer_tensors(model, optimizer)
 
-    def _resume(self) -> str | None:
+    def _resume(self, start: Start) -> str:
         """Goes on where the newest checkpoint stopped, or starts from another run's weights; returns where from."""
-        start = self.checkpoints.start()
-        if start is None:
-            return None
         finished = self.checkpoints.finished(start, self.job.training.steps)
         if finished is not None:
             self.progress.step = finished
@@ -167,15 +175,17 @@ class Trainer:
             self._check_lanes(read_train_state(start.folder))
         materialize_optimizer_state(self.training.optimizer)
         state = self.checkpoints.load(start, self._tensors())
-        if "cursors" not in state:  # left out: the data start again, in as many lanes as the config says
-            state["global_batch_size"] = self.progress.global_batch_size
+        if "cursors" not in state:  # left out: the data start again, in lanes and an order of this config
+            state |= {"global_batch_size": self.progress.global_batch_size, "seed": self.progress.seed}
+        if "optimizer" in self.job.checkpoint.exclude_from_loading:
+            self.training.optimizer.state.clear()
         self.progress = Progress(**(vars(self.progress) | state))
         return str(start.folder)
 
     def _check_lanes(self, state: dict[str, Any]) -> None:
         """The rows of the global batch are lanes of the data, drawn by the seed: both stay as the run began."""
         job = self.job
-        if "dataloader" in job.checkpoint.exclude_from_loading:
+        if {"dataloader", "train_state"} & set(job.checkpoint.exclude_from_loading):
             return
         given, saved = job.training.global_batch_size, state.get("global_batch_size")
         if given not in (-1, saved):
@@ -193,7 +203,9 @@ class Trainer:
     def _save(self, last: bool = False) -> None:
         start = time.perf_counter()
         step = self.progress.step
-        self.checkpoints.save(step, self._tensors(), self._train_state(), last=last)
+        saved = self.checkpoints.save(step, self._tensors(), self._train_state(), last=last)
+        if not saved:
+            return
         self.hooks.on_checkpoint(step, self.checkpoints.folder / f"step-{step}", time.perf_counter() - start)
 
     # ---- the loop
@@ -228,9 +240,7 @@ class Trainer:
                 write_whole(self.folder / "config.toml", to_toml(job))
                 if job.job.print_config:
                     logger.info("Config:\n%s", to_toml(job))
-            self.hooks.on_start(
-                run_facts(job, self.training, self.precision, self.progress, self.accumulation, self.resumed_from)
-            )
+            self.hooks.on_start(run_facts(self))
             if job.validation.enable and self.progress.step == 0:
                 self._validate()
             self._steps(batches)
@@ -295,7 +305,9 @@ class Trainer:
 
     def _validate(self) -> None:
         batches = self._validation_batches()
-        self.hooks.on_validation(validate(self.training, batches, self.tokenizer.token_bytes, self.progress.step))
+        result = validate(self.training, batches, self.tokenizer.token_bytes, self.progress.step, self.stop)
+        if result is not None:
+            self.hooks.on_validation(result)
 
     def _validation_batches(self) -> Iterator[Batch]:
         job, world = self.job, self.world
@@ -308,6 +320,7 @@ class Trainer:
         if not self.checkpoints.due(self.progress.step, last=True):
             logger.error("Stopped on a signal; nothing was saved: checkpoint.enable is false, or load_only is true")
             return 1
+        self.checkpoints.wait()
         if self.progress.step > 0:
             self._save()
         self.checkpoints.wait(raises=True)

@@ -65,6 +65,23 @@ def test_bfloat16_logits_are_summed_in_float32():
     torch.testing.assert_close(low, CrossEntropy(7)(x, weight, targets).detach(), rtol=2e-2, atol=0)
 
 
+def test_bfloat16_gradients_are_as_good_as_dense_ones():
+    """Against float32: sums over 32 chunks and the division by an odd token count must not add to the rounding."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2048, 32, generator=generator)
+    weight = torch.randn(256, 32, generator=generator) * 0.1
+    targets = torch.randint(256, (1, 2048), generator=generator)
+
+    def gradients(chunk_tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [tensor.detach().clone().to(dtype).requires_grad_() for tensor in (x, weight)]
+        (CrossEntropy(chunk_tokens)(*inputs, targets) / 8155).backward()
+        return [tensor.grad.float() for tensor in inputs]
+
+    exact, dense, chunked = gradients(0, torch.float32), gradients(0, torch.bfloat16), gradients(64, torch.bfloat16)
+    for reference, ours, theirs in zip(exact, chunked, dense, strict=True):
+        assert (ours - reference).norm() <= 1.1 * (theirs - reference).norm()
+
+
 def peak_bytes(chunk_tokens: int, tokens: int, d: int, v: int) -> int:
     """Peak of what the allocator handed out during loss and backward; the gradient of the matrix is not counted."""
     x = torch.randn(1, tokens, d).requires_grad_()

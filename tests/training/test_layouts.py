@@ -50,6 +50,7 @@ def test_accumulation_equals_one_batch(serial: Run, local_batch_size: int):
         (2, 4, {}),
         (2, 2, {}),
         (2, 4, {"fsdp_reshard_after_forward": "never"}),
+        (2, 4, {"fsdp_reshard_after_forward": "always"}),
         (4, 2, {}),
         (4, 1, {"data_parallel_replicate_degree": 2}),
         (2, 4, {"data_parallel_replicate_degree": 2}),

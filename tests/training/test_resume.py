@@ -16,9 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from titan_lite import trainer
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import load_job, to_toml
 from titan_lite.run.signals import EXIT_STOPPED, StopFlag
+from titan_lite.run.validate import validate
 from titan_lite.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,16 +254,16 @@ def resumed_weights(config: Path, dump_folder: Path, *overrides: str) -> dict[st
     from tests.runs import full
     from titan_lite.checkpoint.state import model_tensors
 
-    trainer = Trainer(load_job(config, [f"--job.dump_folder={dump_folder}", *overrides]), StopFlag())
-    assert trainer.run() == 0  # at its last step already: it only loads
-    return {name: full(tensor) for name, tensor in model_tensors(trainer.training.model).items()}
+    run = Trainer(load_job(config, [f"--job.dump_folder={dump_folder}", *overrides]), StopFlag())
+    assert run.run() == 0  # at its last step already: it only loads
+    return {name: full(tensor) for name, tensor in model_tensors(run.training.model).items()}
 
 
 def test_resumed_weights_equal_the_saved_run(config: Path, tmp_path: Path, pool2):
     overrides = ("--training.steps=4", *SHORT)
-    trainer = Trainer(load_job(config, [f"--job.dump_folder={tmp_path}", *overrides]), StopFlag())
-    assert trainer.run() == 0
-    running = dict(trainer.training.model.named_parameters())
+    run = Trainer(load_job(config, [f"--job.dump_folder={tmp_path}", *overrides]), StopFlag())
+    assert run.run() == 0
+    running = dict(run.training.model.named_parameters())
     for weights in (
         resumed_weights(config, tmp_path, *overrides),
         pool2.run(resumed_weights, config, tmp_path, *overrides)[0],
@@ -303,3 +305,57 @@ def test_what_the_lanes_depend_on_stays(config: Path, tmp_path: Path, override: 
     # Where the data are to start again, both are free.
     assert run_trainer(config, tmp_path, *go_on, override, "--checkpoint.exclude_from_loading=dataloader") == 0
     assert list(losses(tmp_path)) == [1, 2, 3, 4, 5, 6]
+    # From there on, what was chosen anew is what stays.
+    longer = ("--training.steps=8", *go_on[1:])
+    with pytest.raises(ConfigError, match=key):
+        run_trainer(config, tmp_path, *longer)
+    assert run_trainer(config, tmp_path, *longer, override) == 0
+
+
+def test_a_signal_during_validation_saves_at_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    overrides = (f"--job.dump_folder={tmp_path}", "--validation.freq=2", "--checkpoint.interval=100")
+    run = Trainer(load_job(config, overrides), StopFlag())
+
+    def validate_and_be_asked_to_stop(*arguments: Any) -> Any:
+        if arguments[3] == 2:
+            run.stop.signal_name = "SIGTERM"
+        return validate(*arguments)
+
+    monkeypatch.setattr(trainer, "validate", validate_and_be_asked_to_stop)
+    assert run.run() == EXIT_STOPPED
+    assert [path.name for path in (tmp_path / "checkpoint").iterdir()] == ["step-2"]
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0]
+
+
+def test_exported_weights_start_another_run(config: Path, tmp_path: Path):
+    """Saved in bfloat16, read into float32: the values of bfloat16, and a finished run says so."""
+    export = ("--training.steps=2", "--checkpoint.last_save_model_only", "--checkpoint.export_dtype=bfloat16", *SHORT)
+    assert run_trainer(config, tmp_path / "a", *export) == 0
+    assert run_trainer(config, tmp_path / "a", *export) == 0
+    start = (f"--checkpoint.initial_load_path={tmp_path / 'a'}", "--training.steps=1", "--optimizer.lr=1e-30", *SHORT)
+    assert run_trainer(config, tmp_path / "b", *start) == 0
+    exported = {name: tensor.float() for name, tensor in tensors(tmp_path / "a/checkpoint/step-2").items()}
+    begun = {name: tensor for name, tensor in tensors(tmp_path / "b/checkpoint/step-1").items() if " model." in name}
+    assert exported.keys() == begun.keys()
+    assert all(torch.equal(exported[name], begun[name]) for name in begun)
+
+
+def test_a_folder_of_another_run_is_left_alone(config: Path, tmp_path: Path):
+    overrides = ("--training.steps=2", "--validation.no_enable", "--checkpoint.no_enable")
+    assert run_trainer(config, tmp_path, *overrides) == 0
+    before = (tmp_path / "config.toml").read_text()
+    with pytest.raises(ConfigError, match=r"model\.ffn\.hidden"):
+        run_trainer(config, tmp_path, *overrides, "--model.ffn.hidden=64")
+    assert (tmp_path / "config.toml").read_text() == before
+    assert run_trainer(config, tmp_path, "--training.steps=2", *SHORT) == 0
+    with pytest.raises(ConfigError, match=r"checkpoint\.enable"):
+        run_trainer(config, tmp_path, *overrides)
+
+
+def test_optimizer_left_out_starts_fresh(config: Path, tmp_path: Path):
+    overrides = ("--training.steps=3", "--checkpoint.interval=2", "--checkpoint.exclude_from_loading=optimizer")
+    assert run_trainer(config, tmp_path, "--training.steps=2", *SHORT) == 0
+    assert run_trainer(config, tmp_path, *overrides, "--validation.no_enable") == 0
+    saved = tensors(tmp_path / "checkpoint/step-3")
+    assert {float(value) for name, value in saved.items() if name.endswith(".step")} == {1.0}

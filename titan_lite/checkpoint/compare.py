@@ -24,8 +24,8 @@ def names_hash(names: Sequence[str]) -> str:
     return xxhash.xxh3_128_hexdigest("\n".join(sorted(names)).encode())
 
 
-def tensor_problems(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> list[Problem]:
-    """Tensors that the checkpoint lacks, or has in another shape or dtype."""
+def tensor_problems(folder: Path, index: Index, tensors: Mapping[str, Tensor], converts: bool) -> list[Problem]:
+    """Tensors that the checkpoint lacks, or has in another shape or, unless the load `converts` them, another dtype."""
     found: dict[str, list[str]] = {"missing": [], "shape": [], "dtype": []}
     for name, tensor in sorted(tensors.items()):
         stored = index.get(name)
@@ -33,7 +33,7 @@ def tensor_problems(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -
             found["missing"].append(show(name))
         elif stored.shape != tuple(tensor.shape):
             found["shape"].append(f"{show(name)}: {list(stored.shape)}, this run {list(tensor.shape)}")
-        elif stored.dtype != tensor.dtype:
+        elif stored.dtype != tensor.dtype and not converts:
             found["dtype"].append(f"{show(name)}: {_short(stored.dtype)}, this run {_short(tensor.dtype)}")
     texts = {
         "missing": "the checkpoint lacks {n} tensors of this run",

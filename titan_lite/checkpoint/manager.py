@@ -205,14 +205,22 @@ class CheckpointManager:
 
     def save(
         self, step: int, tensors: Mapping[str, Tensor], train_state: Mapping[str, Any], last: bool = False
-    ) -> None:
-        """Saves `step`; returns once the tensors may change again. A save still running is waited for.
+    ) -> bool:
+        """Saves `step`; returns once the tensors may change again, which in the background is when they are copied.
 
-        Where the disk fails, a periodic save is logged as an error and training goes on; `last` raises SaveError.
+        Where the one before is still being written in the background, this one is left out with a warning.
+        False where there was nothing to save, or the disk failed: a periodic save is then logged as an error, and
+        training goes on; `last` raises SaveError.
         """
+        background = self.config.async_mode != "disabled" and not last
+        self.poll()
+        if background and any(self.world.gather(self._running is not None)):
+            if self.world.rank == 0:
+                log.warning("Step %d is not saved: the checkpoint before it is still being written.", step)
+            return False
         self.wait()
         if step in self._steps and step == self.parent:
-            return  # this very state is on disk
+            return False  # this very state is on disk
         model_only = last and self.config.last_save_model_only
         request = SaveRequest(
             self.folder,
@@ -220,13 +228,14 @@ class CheckpointManager:
             shards_of(self._export(tensors) if model_only else tensors),
             json.dumps(train_state).encode(),
         )
-        background = self._in_background = self.config.async_mode != "disabled" and not last
+        self._in_background = background
         if background:
             request = replace(request, shards=self._snapshot(request.shards))
         self._running = request
         self._background.start(lambda: self._write(request))
         if not background:
             self._settle(wait=True, raises=last)
+        return self._failure is None
 
     def poll(self) -> None:
         """Each step: reports a background save that has ended meanwhile. Not collective, never waits."""

@@ -83,14 +83,15 @@ def read_block(
 ) -> None:
     """Copies the `region` of the row-major block of `shape` at byte `start` into `target` (of the region's shape).
 
-    Whole rows for a contiguous CPU tensor are read in place; else through at most BLOCK bytes.
+    Whole rows for a contiguous CPU tensor of the same dtype are read in place; else through at most BLOCK bytes.
     """
     if target.numel() == 0:
         return
     row_bytes = math.prod(shape[1:]) * dtype.itemsize
     (begin, rows), inner = (region[0], region[1:]) if region else ((0, 1), [])
     whole_rows = all(n == size for (_, n), size in zip(inner, shape[1:], strict=True))
-    if whole_rows and target.device.type == "cpu" and target.is_contiguous():
+    in_place = target.dtype == dtype and target.device.type == "cpu" and target.is_contiguous()
+    if whole_rows and in_place:
         _read_bytes(file, start + begin * row_bytes, as_bytes(target))
     elif row_bytes > BLOCK:
         for row in range(rows):
@@ -118,7 +119,7 @@ def _read_bytes(file: BinaryIO, start: int, into: memoryview) -> None:
 def read_tensors(folder: Path, index: Index, tensors: Mapping[str, Tensor]) -> None:
     """Fills `tensors` in place from a step folder, whatever the layout. Without collectives. Raises ConfigError.
 
-    The caller has made sure that names, shapes and dtypes agree (compare.py).
+    The caller has made sure that names and shapes agree (compare.py); another dtype is converted.
     """
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from titan_lite.checkpoint.reader import read_tensors
 from titan_lite.checkpoint.world import Alone, World, agreed
 from titan_lite.checkpoint.writer import TRAIN_STATE
 from titan_lite.config.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 MAX_JSON = 2**30  # bytes of metadata.json or train_state.json
 MODEL = "model"
@@ -61,8 +64,8 @@ def restore(
     """Fills `tensors` ({"model.<name>": ..., "optim.<name>.<slot>": ...}) in place from a step folder. Collective.
 
     Every file is verified first. Names, shapes and dtypes must be those of the checkpoint: all of them, or with
-    `model_only` those under "model". What `exclude` selects (a name, or the first parts of one) keeps its values and
-    may be absent. Raises ConfigError on every rank alike.
+    `model_only` those under "model", whose values are then converted where the dtype is another. What `exclude` selects
+    (a name, or the first parts of one) keeps its values and may be absent. Raises ConfigError on every rank alike.
     """
     world = world or Alone()
     manifest = verified_manifest(folder, world)
@@ -84,9 +87,13 @@ def load_verified(
     index = {name: stored for name, stored in index.items() if loads(name)}
     names = _all_names(world, set(wanted))
     with agreed(world):
-        problems = tensor_problems(folder, index, wanted) + unexpected(folder, index, names)
+        problems = tensor_problems(folder, index, wanted, model_only) + unexpected(folder, index, names)
         if problems:
             raise ConfigError(problems)
+    dtypes = {(index[name].dtype, tensor.dtype) for name, tensor in wanted.items()}
+    for stored, ours in sorted(dtypes, key=str) if world.rank == 0 else ():
+        if stored != ours:
+            log.info("The weights of %s are converted from %s to %s", folder, stored, ours)
     with agreed(world):
         read_tensors(folder, index, wanted)
 

@@ -29,11 +29,16 @@ def cross_problems(job: Job, world_size: int | None) -> Iterator[Problem]:
     """What all tables report, with full keys."""
     for path, table in tables_of(job):
         for problem in table.problems(job, world_size):
-            full = key_text(path) + problem.key if problem.key.startswith(".") else problem.key
-            yield replace(problem, key=full.lstrip("."))
+            yield replace(problem, key=_full(path, problem.key))
 
 
 def notices(job: Job, world_size: int | None) -> Iterator[str]:
-    """The warning lines of all tables."""
-    for _, table in tables_of(job):
-        yield from table.notices(job, world_size)
+    """The warning lines of all tables, with full keys."""
+    for path, table in tables_of(job):
+        for line in table.notices(job, world_size):
+            yield _full(path, line)
+
+
+def _full(path: Path, key: str) -> str:
+    """A key that begins with "." is relative to the table at `path`."""
+    return (key_text(path) + key).lstrip(".") if key.startswith(".") else key

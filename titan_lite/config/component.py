@@ -49,7 +49,10 @@ class ConfigBase(BaseModel):
         return ()
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        """One warning line for each setting that is accepted but does something else than it seems to."""
+        """One warning line for each setting that is accepted but does something else than it seems to.
+
+        A line that begins with "." begins with a key relative to this table.
+        """
         return ()
 
 

@@ -26,6 +26,7 @@ NOT_AVAILABLE: Final = "E011"
 BAD_OVERRIDE: Final = "E012"
 BAD_INPUT: Final = "E013"
 """The code of what only turns up while a run starts (a damaged checkpoint, an empty data source)."""
+NOT_HERE: Final = "E014"
 
 CODES: Final = {
     UNKNOWN_KEY: "unknown key",
@@ -41,6 +42,7 @@ CODES: Final = {
     NOT_AVAILABLE: "not available yet",
     BAD_OVERRIDE: "bad command-line override",
     BAD_INPUT: "bad input",
+    NOT_HERE: "not on this machine",
 }
 
 COMMAND_LINE: Final = "command line"

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import Any
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -17,12 +17,13 @@ else:
     import tomli as tomllib
 
 from titan_lite.config.aliases import modernise
-from titan_lite.config.assets import tokenizer_table
+from titan_lite.config.assets import expand_assets, missing_assets
 from titan_lite.config.check import cross_problems, notices
 from titan_lite.config.datasets import expand_dataset
 from titan_lite.config.errors import (
     COMMAND_LINE,
     FILE_MISSING,
+    NOT_HERE,
     TOML_SYNTAX,
     UNKNOWN_KEY,
     ConfigError,
@@ -39,12 +40,17 @@ from titan_lite.config.translate import problems_of
 from titan_lite.job import Job
 
 
+_OF_THIS_MACHINE: Final = (FILE_MISSING, NOT_HERE)
+"""Codes of problems that another machine may not have."""
+
+
 def load_job(
     path: str | FilePath, overrides: Sequence[str] = (), world_size: int | None = None, *, files: bool = True
 ) -> Job:
     """The Job of a TOML file with overrides such as `--training.steps=10`. ConfigError with every problem otherwise.
 
-    `world_size` adds the checks that need it. `files=False` leaves out whether files exist: to estimate, not to train.
+    `world_size` adds the checks that need it. `files=False` leaves out what this machine lacks (files, devices,
+    packages): to estimate or to read a checkpoint, not to train.
     """
     return _Loading(world_size, files).job(read_chain(path), overrides)
 
@@ -80,7 +86,7 @@ class _Loading:
         if job is not None:
             self.problems += [p for p in cross_problems(job, self.world_size) if self._believable(p)]
             self.warnings += notices(job, self.world_size)
-        wanted = [p for p in self.problems if self.files or p.code != FILE_MISSING]
+        wanted = [p for p in self.problems if self.files or p.code not in _OF_THIS_MACHINE]
         if job is None or wanted:
             error = ConfigError(sorted((_placed(p, top) for p in wanted), key=_order))
             error.warnings = tuple(dict.fromkeys(self.warnings))
@@ -100,11 +106,15 @@ class _Loading:
         layers = [*self._preset(merged(layers, Job).tables), *layers]
         top = Layer()
         for layer in layers:
-            expanded = expand_dataset(layer, top)
-            self._collect(expanded)
-            self.broken += [("data", "source")] * bool(expanded[0])
+            for expand, place in ((expand_dataset, ("data", "source")), (expand_assets, ("tokenizer",))):
+                found = expand(layer, top)
+                self._collect(found)
+                self.broken += [place] * bool(found[0])
             top = merged([top, layer], Job)
-        self._tokenizer(top)
+        missing = missing_assets(top)
+        if missing is not None:
+            self.problems.append(missing)
+            self.broken.append(("tokenizer",))
         return top
 
     def _collect(self, found: tuple[list[Problem], list[str]]) -> None:
@@ -122,20 +132,6 @@ class _Loading:
             self.problems += error.problems
             self.broken.append(("model",))
             return []
-
-    def _tokenizer(self, top: Layer) -> None:
-        """Lets model.hf_assets_path choose the tokenizer where nothing else does."""
-        model = top.tables.get("model", {})
-        assets = model.get("hf_assets_path", "") if isinstance(model, Mapping) else ""
-        if not assets or not isinstance(assets, str) or "tokenizer" in top.tables:
-            return
-        top.tables["tokenizer"], problem = tokenizer_table(assets)
-        origin = nearest_origin(top.origins, ("model", "hf_assets_path"))
-        if origin is not None:
-            top.origins[("tokenizer",)] = origin
-        if problem is not None:
-            self.problems.append(problem)
-            self.broken.append(("tokenizer",))
 
     def _validate(self, tables: dict[str, Any]) -> Job | None:
         """The Job. Where keys are wrong, one without them, so that the checks between fields can run all the same."""

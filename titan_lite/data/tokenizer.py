@@ -23,6 +23,8 @@ class Tokenizer(Component):
     class Config(SlotConfig):
         slot: ClassVar[str] = "tokenizer"
         default_type: ClassVar[str] = "bytes"
+        known_vocab_size: ClassVar[int] = 0
+        """`vocab_size` of a type that needs no file to know it; 0 = known once built."""
 
     vocab_size: int
     """Number of ids, specials included: every id is below it."""
@@ -64,13 +66,14 @@ class Bytes(Tokenizer):
 
     class Config(Tokenizer.Config):
         type: Literal["bytes"] = "bytes"
+        known_vocab_size: ClassVar[int] = 256
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.vocab_size = 256
+        self.vocab_size = config.known_vocab_size
         self.bos_id: int | None = 0xFE
         self.eos_id = 0xFF
-        self.token_bytes = np.ones(256, dtype=np.int64)
+        self.token_bytes = np.ones(self.vocab_size, dtype=np.int64)
         self.token_bytes[[self.bos_id, self.eos_id]] = 0
 
     def encode(self, text: str, continued: bool = False) -> Ids:

@@ -1,1 +1,1 @@
-"""The modular transformer. A feature is a class in a slot; see docs/architecture.md."""
+"""The modular transformer: a feature is a class in a slot, chosen by `type` in the TOML."""

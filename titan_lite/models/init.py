@@ -7,14 +7,14 @@ shard.)
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 import xxhash
-from pydantic import Field
 from torch import Tensor, nn
 
 from titan_lite.config.component import Component, SlotConfig
+from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.spec import Spec
 
 BLOCK_ELEMENTS = 1 << 20
@@ -41,9 +41,9 @@ class TruncatedNormal(Init):
 
     class Config(Init.Config):
         type: Literal["truncated_normal"] = "truncated_normal"
-        std: Annotated[float, Field(gt=0)] = 0.02
+        std: PositiveFloat = 0.02
         """Standard deviation of every matrix and of the embedding."""
-        cutoff: Annotated[float, Field(gt=0)] = 3.0
+        cutoff: PositiveFloat = 3.0
         """In standard deviations."""
         depth_scaled: bool = True
         """Divide the std of residual matrices by sqrt(2 n_layers)."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titan_lite.config.component import SlotConfig
+from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
 
@@ -27,7 +27,7 @@ class RMSNorm(Norm):
 
     class Config(Norm.Config):
         type: Literal["rmsnorm"] = "rmsnorm"
-        eps: Annotated[float, Field(gt=0)] = 1e-5
+        eps: PositiveFloat = 1e-5
         """Added to the mean square, inside the root."""
 
     def __init__(self, config: Config, dim: int):

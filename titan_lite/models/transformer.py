@@ -76,6 +76,8 @@ class Transformer(Module):
                 yield Problem(
                     code=CROSS_FIELD, key=".flavor", value=self.flavor, why="a flavor needs the preset in model.name"
                 )
+            if 0 < self.vocab_size < job.tokenizer.known_vocab_size:
+                yield _too_small(self.vocab_size, job.tokenizer.known_vocab_size)
 
         def identity(self) -> dict[str, Any]:
             """What trained weights depend on, as JSON: all but names, how they began and how they are computed."""
@@ -138,11 +140,15 @@ def vocab_size_for(config: Transformer.Config, tokenizer_size: int) -> int:
     if not config.vocab_size:
         return -(-tokenizer_size // 64) * 64
     if config.vocab_size < tokenizer_size:
-        raise ConfigError.at(
-            "model.vocab_size",
-            f"is smaller than the tokenizer's vocabulary of {tokenizer_size}",
-            config.vocab_size,
-            f"at least {tokenizer_size}, or 0 for the tokenizer's own size rounded up",
-            code=CROSS_FIELD,
-        )
+        raise ConfigError([_too_small(config.vocab_size, tokenizer_size)])
     return config.vocab_size
+
+
+def _too_small(vocab_size: int, tokenizer_size: int) -> Problem:
+    return Problem(
+        code=CROSS_FIELD,
+        key="model.vocab_size",
+        value=vocab_size,
+        why=f"is smaller than the tokenizer's vocabulary of {tokenizer_size}",
+        allowed=f"at least {tokenizer_size}, or 0 for the tokenizer's own size rounded up",
+    )

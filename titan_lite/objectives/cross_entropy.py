@@ -68,7 +68,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy) -> Tensor:
         needs_grad = any(ctx.needs_input_grad[:2])
         x_grad = torch.empty_like(x) if needs_grad else None
-        weight_grad = torch.zeros_like(weight) if needs_grad else None
+        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], cross_entropy.chunk_tokens):
             rows = slice(start, start + cross_entropy.chunk_tokens)
@@ -80,13 +80,23 @@ class _ChunkedLoss(torch.autograd.Function):
             total += loss
             logits_grad = logits_grad.to(weight.dtype)
             torch.mm(logits_grad, weight, out=x_grad[rows])
-            weight_grad.addmm_(logits_grad.t(), x[rows])
+            add_product_(weight_grad, logits_grad.t(), x[rows])
             del logits, logits_grad  # before the next chunk's exist
         ctx.save_for_backward(x_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_grad, weight_grad = ctx.saved_tensors
-        return x_grad.mul_(grad.to(x_grad.dtype)), weight_grad.mul_(grad.to(weight_grad.dtype)), None, None
+        # The factor stays in float32: rounded to bfloat16 it would put the same error on every gradient.
+        return x_grad.mul_(grad), weight_grad.mul_(grad).to(ctx.weight_dtype), None, None
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, with a float32 total also for bfloat16 factors: sums over chunks would lose bits in those."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import Field
 
+from titan_lite.config.fields import PositiveFloat
 from titan_lite.optim.optimizer import Optimizer
 
 
@@ -19,7 +20,7 @@ class AdamW(Optimizer):
         """Decay of the mean of the gradients."""
         beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
         """Decay of the mean of the squared gradients."""
-        eps: Annotated[float, Field(gt=0)] = 1e-8
+        eps: PositiveFloat = 1e-8
         """Added to the root of the mean square."""
         implementation: Literal["fused", "foreach", "for-loop"] = "fused"
         """Which of torch's loops steps the parameters."""

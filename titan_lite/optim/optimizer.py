@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
 
 from titan_lite.config.component import Component, SlotConfig
+from titan_lite.config.fields import NonNegativeFloat, PositiveFloat
 
 
 class Optimizer(Component):
@@ -16,9 +16,9 @@ class Optimizer(Component):
     class Config(SlotConfig):
         slot: ClassVar[str] = "optimizer"
         default_type: ClassVar[str | None] = "adamw"
-        lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 8e-4
+        lr: PositiveFloat = 8e-4
         """Peak learning rate."""
-        weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+        weight_decay: NonNegativeFloat = 0.1
         """Decay of matrices and embeddings; gains and biases have none."""
         early_step_in_backward: bool = False
         """Step each parameter as soon as its gradient is there."""

@@ -24,18 +24,15 @@ class LRScheduler(Component):
         total_steps: Annotated[int | None, Field(gt=0)] = None
         """Steps the schedule is laid out for; default training.steps."""
         decay_ratio: Annotated[float | None, Field(ge=0, le=1)] = None
-        """Share of the steps that decay, after a stable phase; default: everything after the warm-up."""
+        """Share of the steps that decay, after a stable phase; default: everything after the warm-up, and never more than
+        that (with a warning)."""
         decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
         """Shape of the decay."""
         min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
         """Learning rate at the end of the decay, as a factor of the peak."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-            if (
-                self.decay_ratio
-                and self.warmup_steps
-                and round(self.decay_ratio * (self.total_steps or job.training.steps)) == 0
-            ):
+            if self.decay_ratio and self.warmup_steps and self.phases(job.training.steps)[2] == 0:
                 yield Problem(
                     code=CROSS_FIELD,
                     key=".decay_ratio",
@@ -44,11 +41,26 @@ class LRScheduler(Component):
                     allowed="at least half of 1 / training.steps, or 0",
                 )
 
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            total, warmup, decay = self.phases(job.training.steps)
+            if self.warmup_steps > total:
+                name = "lr_scheduler.total_steps" if self.total_steps else "training.steps"
+                yield f"lr_scheduler.warmup_steps = {self.warmup_steps} is cut to {name} = {total}"
+            if decay > total - warmup:
+                yield (
+                    f"lr_scheduler.decay_ratio = {self.decay_ratio} is {decay} of {total} steps, "
+                    f"cut to the {total - warmup} that the warm-up leaves"
+                )
+
+        def phases(self, steps: int) -> tuple[int, int, int]:
+            """(all steps, those of the warm-up, those the decay asks for) of a run of `steps`."""
+            total = self.total_steps or steps
+            warmup = min(self.warmup_steps, total)
+            return total, warmup, total - warmup if self.decay_ratio is None else round(total * self.decay_ratio)
+
     def __init__(self, config: Config, steps: int):
-        total = config.total_steps or steps
         self.config = config
-        self.warmup = min(config.warmup_steps, total)
-        decay = total - self.warmup if config.decay_ratio is None else round(total * config.decay_ratio)
+        total, self.warmup, decay = config.phases(steps)
         self.decay = min(decay, total - self.warmup)
         # One step more than the run has, so that the last step still learns.
         self.decay_start = total + 1 - self.decay

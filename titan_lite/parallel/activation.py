@@ -28,13 +28,13 @@ SAVED_OPS = {
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
     """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
-    blocks = list(model.stack.blocks.values())
+    blocks = list(model.stack.blocks.items())
     if config.mode == "none":
         return
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
         blocks = blocks[every - 1 :: every]
-    for block in blocks:
+    for index, block in blocks:
         keywords: dict[str, Any] = {
             "use_reentrant": False,
             "preserve_rng_state": config.preserve_rng_state,
@@ -43,7 +43,7 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
             "debug": config.debug,
         }
         if config.mode == "selective" and config.selective_ac_option == "op":
-            shapes = _weight_shapes(block, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+            shapes = _weight_shapes(f"stack.blocks.{index}", block, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
             keywords["context_fn"] = partial(_per_op_contexts, shapes)
         block.forward = _checkpointed(block.forward, keywords)
 
@@ -57,9 +57,9 @@ def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Call
     return checkpointed
 
 
-def _weight_shapes(block: nn.Module, patterns: Sequence[str]) -> set[torch.Size]:
-    """Shapes (d_in, d_out) of the matrices whose name contains one of `patterns`."""
-    matrices = ((name, module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
+def _weight_shapes(path: str, block: nn.Module, patterns: Sequence[str]) -> set[torch.Size]:
+    """Shapes (d_in, d_out) of the matrices of the block at `path` whose full name contains one of `patterns`."""
+    matrices = ((f"{path}.{name}", module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
     return {module.weight.t().shape for name, module in matrices if any(pattern in name for pattern in patterns)}
 
 

@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage, weights."""
+"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from titan_lite.models.init import initialize
-from titan_lite.models.spec import Spec
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing
 from titan_lite.parallel.compile import compile_blocks
@@ -19,14 +17,13 @@ if TYPE_CHECKING:
     from titan_lite.job import Job
 
 
-def parallelize(model: Transformer, specs: dict[str, Spec], job: Job, world: World, precision: Precision) -> None:
-    """Turns a model on the meta device into this rank's part of it, on its device, with its initial weights."""
+def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
+    """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
     apply_activation_checkpointing(model, job.activation_checkpoint)
     compile_blocks(model, job.compile)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
-        reshard = job.parallelism.fsdp_reshard_after_forward != "never"
+        reshard = job.parallelism.fsdp_reshard_after_forward
         mesh = sharding_mesh(world.mesh)
         apply_fsdp(model, mesh, precision.param, precision.reduce, reshard, offload)
     model.to_empty(device=torch.device("cpu") if offload else world.device)
-    initialize(model, specs, job.model.init.build(n_layers=job.model.n_layers), job.debug.seed)

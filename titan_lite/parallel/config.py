@@ -134,8 +134,8 @@ class ActivationCheckpoint(ConfigBase):
     """With mode memory_budget: write the compiler's curve of memory over time."""
     preserve_rng_state: bool = True
     """Recompute with the random state of the forward."""
-    determinism_check: str = "default"
-    """Check that recomputed tensors look like the first ones: "default" or "none"."""
+    determinism_check: Literal["default", "none"] = "default"
+    """Check that recomputed tensors look like the first ones."""
     debug: bool = False
     """Tell more when recomputed tensors differ."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,7 +19,7 @@ def apply_fsdp(
     mesh: DeviceMesh,
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
-    reshard_after_forward: bool,
+    reshard_after_forward: Literal["default", "always", "never"],
     cpu_offload: bool,
 ) -> None:
     """Shards the model's units, then what is left with the model itself, over `mesh`, in place.
@@ -29,8 +30,9 @@ def apply_fsdp(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     units = list(model.shard_units())
     for unit in units:
-        # The last unit's backward follows at once: gathering it again would be for nothing.
-        reshard = reshard_after_forward and unit is not units[-1]
+        # By default not the last unit: its backward follows at once, and gathering it again would be for nothing.
+        last = unit is units[-1]
+        reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and not last)
         fully_shard(unit, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=reshard)
     fully_shard(model, mesh=mesh, mp_policy=precision, offload_policy=offload, reshard_after_forward=False)
     for module in model.modules():

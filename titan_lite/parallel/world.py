@@ -88,13 +88,16 @@ class World:
                 return cls(rank, size, device)
             _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
         mesh = data_parallel_mesh(parallelism, dist.get_world_size(), device.type)
-        host_group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+        host_group = dist.new_group(backend="gloo")
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        return cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group, joined)
+        world = cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group, joined)
+        world.set_timeout(timeout_seconds)
+        return world
 
     def set_timeout(self, seconds: int) -> None:
         """How long a collective of the training loop may take from now on."""
-        for group in (dist.group.WORLD, self.host_group):
+        of_the_mesh = self.mesh.get_all_groups() if self.mesh is not None else []
+        for group in (dist.group.WORLD, self.host_group, *of_the_mesh):
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 
@@ -153,14 +156,15 @@ class World:
         return summed
 
     def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
-        """Runs forward and backward of each micro-batch's loss; gradients are summed over ranks in the last one only.
+        """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.
 
-        `losses` are thunks, `last` the index of the last one. Returns this rank's sum of the losses, detached.
+        Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, and over replicas
+        after the last one only. `losses` are thunks, `last` the index of the last one.
         """
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, loss_of in enumerate(losses):
             if isinstance(model, FSDPModule):
-                model.set_requires_gradient_sync(index == last)
+                model.set_requires_all_reduce(index == last)
             loss = loss_of()
             loss.backward()
             total += loss.detach()

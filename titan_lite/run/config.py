@@ -3,15 +3,17 @@ known from torchtitan but without a part here, [memory_estimation] [fault_tolera
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
 
 from titan_lite.config.component import ConfigBase
 from titan_lite.config.datasets import c4_test_notice, source_table, unknown_dataset
-from titan_lite.config.errors import CROSS_FIELD, Problem
+from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, Problem
 from titan_lite.config.fields import (
     Count,
     Folder,
@@ -26,6 +28,11 @@ from titan_lite.data.source import Source
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+
+
+def _has_cuda() -> bool:
+    """Whether a run on this machine would use CUDA. Asks the driver without starting it: workers may yet be forked."""
+    return torch.cuda.device_count() > 0
 
 
 class JobInfo(ConfigBase):
@@ -59,7 +66,7 @@ class DataLoaderConfig(ConfigBase):
     num_workers: Count = 0
     """Worker processes per rank; 0 loads in the training process. The batches are the same whatever the number."""
     persistent_workers: bool = False
-    """Keep workers alive between epochs of the loader."""
+    """Idle: the stream of batches has no epochs between which workers could end."""
     pin_memory: bool = False
     """Copy batches to page-locked memory (CUDA only)."""
     prefetch_factor: PositiveInt | None = None
@@ -75,6 +82,12 @@ class DataLoaderConfig(ConfigBase):
                 CROSS_FIELD, ".prefetch_factor", why, self.prefetch_factor, "unset, or num_workers of at least 1"
             )
 
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.persistent_workers and self.num_workers:
+            yield ".persistent_workers has no effect: the stream has no epochs, its workers live as long as it is read"
+        if self.pin_memory and not _has_cuda():
+            yield ".pin_memory has no effect: there is no CUDA device on this machine"
+
 
 class Training(ConfigBase):
     """[training]: how long, on what, in which precision."""
@@ -87,8 +100,9 @@ class Training(ConfigBase):
     local_batch_size: PositiveInt = 8
     """Sequences per data-parallel rank and forward pass."""
     global_batch_size: PositiveOrMinusOne = -1
-    """Sequences per optimizer step over all ranks; -1 = local_batch_size x data-parallel degree at the first start.
-    More than that accumulates gradients."""
+    """Sequences per optimizer step over all ranks, a multiple of the data-parallel degree; -1 = local_batch_size x
+    data-parallel degree at the first start. A rank's share goes through in micro-batches of at most local_batch_size,
+    whose gradients accumulate."""
     seq_len: PositiveInt = 2048
     """Tokens per sequence."""
     max_norm: Annotated[float, Field(gt=0)] = 1.0
@@ -121,26 +135,26 @@ class Training(ConfigBase):
         degree = job.parallelism.data_parallel_degree(world_size)
         if degree is None:  # the layout does not fit the world size: reported by [parallelism]
             return
-        unit = self.local_batch_size * degree
-        if self.global_batch_size % unit:
-            below = self.global_batch_size // unit * unit
-            legal = [size for size in (below, below + unit) if size > 0]
-            why = (
-                f"is not a multiple of training.local_batch_size x data-parallel degree = "
-                f"{self.local_batch_size} x {degree} = {unit}"
-            )
+        if self.global_batch_size % degree:
+            below = self.global_batch_size // degree * degree
+            legal = [size for size in (below, below + degree) if size > 0]
             yield Problem(
                 CROSS_FIELD,
                 ".global_batch_size",
-                why,
+                f"cannot be shared evenly by {degree} data-parallel ranks",
                 self.global_batch_size,
-                f"-1, or multiples of {unit}: nearest {' or '.join(map(str, legal))}",
+                f"-1, or multiples of {degree}: nearest {' or '.join(map(str, legal))}",
             )
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        warmup = getattr(job.lr_scheduler, "warmup_steps", 0)
-        if warmup > self.steps:
-            yield f"lr_scheduler.warmup_steps = {warmup} is cut to training.steps = {self.steps}"
+        if self.enable_cpu_offload and not _has_cuda():
+            yield "training.enable_cpu_offload has no effect: there is no CUDA device on this machine"
+
+
+def _is_installed(package: str) -> bool:
+    """Whether there is such a package; a mere folder of that name, such as wandb leaves behind, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
 
 class Metrics(ConfigBase):
@@ -158,6 +172,11 @@ class Metrics(ConfigBase):
     """Every rank writes its scalars, not only the first."""
     enable_wandb: bool = False
     """Log to Weights & Biases (extra `wandb`)."""
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        if self.enable_wandb and not _is_installed("wandb"):
+            why = "Weights & Biases is not installed: pip install 'titan_lite[wandb]'"
+            yield Problem(NOT_HERE, ".enable_wandb", why, True, "false without the extra `wandb`")
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.save_for_all_ranks and not (self.enable_tensorboard or self.enable_wandb):
@@ -187,6 +206,9 @@ class Profiling(ConfigBase):
         if self.enable_profiling and self.profile_freq < needed:
             why = f"is shorter than one trace: profiler_warmup + profiler_active = {needed} steps"
             yield Problem(CROSS_FIELD, ".profile_freq", why, self.profile_freq, f"at least {needed}")
+        if self.enable_memory_snapshot and not _has_cuda():
+            why = "only CUDA's allocator records its history, and there is no CUDA device on this machine"
+            yield Problem(NOT_HERE, ".enable_memory_snapshot", why, True, "false")
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.enable_profiling and self.profile_freq > job.training.steps:
@@ -209,7 +231,8 @@ class Validation(ConfigBase):
     freq: PositiveInt = 10
     """Optimizer steps between validations."""
     steps: PositiveOrMinusOne = -1
-    """Batches per validation; -1 = the whole split."""
+    """Batches per validation; -1 = the whole split. A batch is local_batch_size rows on each data-parallel rank, so a
+    limited validation covers more rows on more ranks, while -1 covers the same rows on any number."""
     dataloader: DataLoaderConfig = DataLoaderConfig()
     """Background loading."""
 
@@ -261,9 +284,13 @@ class Debug(ConfigBase):
     deterministic: bool = False
     """Refuse operations without a deterministic implementation."""
     deterministic_warn_only: bool = False
-    """Only warn about them."""
+    """With deterministic: only warn about them."""
     moe_force_load_balance: bool = False
     """Spread tokens evenly over experts, for timing (idle without experts)."""
+
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.deterministic_warn_only and not self.deterministic:
+            yield "debug.deterministic_warn_only has no effect: debug.deterministic is false"
 
 
 class Comm(ConfigBase):

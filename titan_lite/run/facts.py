@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from titan_lite.models.flops import training_flops_per_token
@@ -10,21 +9,16 @@ from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
 
 if TYPE_CHECKING:
-    from titan_lite.job import Job
-    from titan_lite.parallel.precision import Precision
-    from titan_lite.step import Training
-    from titan_lite.trainer import Progress
+    from titan_lite.trainer import Trainer
 
 
-def run_facts(
-    job: Job, training: Training, precision: Precision, progress: Progress, accumulation: int, resumed_from: str | None
-) -> RunFacts:
+def run_facts(trainer: Trainer) -> RunFacts:
     """Gathers the facts that hooks show and log."""
-    world = training.world
+    job, training, progress, world = trainer.job, trainer.training, trainer.progress, trainer.world
     sizes = {name: parameter.numel() for name, parameter in training.model.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if training.specs[name].role == "embed")
     name = device_name(world.device)
-    dtype = str(precision.param).removeprefix("torch.")
+    dtype = str(trainer.precision.param).removeprefix("torch.")
     return RunFacts(
         description=job.job.description,
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
@@ -38,12 +32,13 @@ def run_facts(
         dp_size=world.dp_size,
         local_batch_size=min(job.training.local_batch_size, progress.global_batch_size // world.dp_size),
         global_batch_size=progress.global_batch_size,
-        accumulation=accumulation,
+        accumulation=trainer.accumulation,
         seq_len=job.training.seq_len,
         steps=job.training.steps,
         start_step=progress.step,
         data=job.data.source.build().describe(),
-        dump_folder=Path(job.job.dump_folder),
+        dump_folder=trainer.folder,
         warnings=job.warnings,
-        resumed_from=resumed_from,
+        resumed_from=trainer.resumed_from,
+        run_id=trainer.checkpoints.run_id,
     )

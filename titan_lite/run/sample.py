@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 
 def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
-    """Logs one continuation per prompt. All ranks draw the same tokens: a sharded model needs them in each forward."""
+    """Logs one continuation per prompt. All ranks take part: a sharded model needs them in each forward."""
     sampling = Sampling(config.temperature, config.top_k, config.top_p)
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)
@@ -32,6 +32,7 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
                 training.world.device,
                 tokenizer.vocab_size,
                 tokenizer.eos_id,
+                training.world.broadcast,
             )
             try:
                 text = prompt + tokenizer.decode(list(tokens))

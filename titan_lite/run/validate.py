@@ -11,17 +11,25 @@ import torch
 from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.parallel.fsdp import evaluating
 from titan_lite.run.hooks import ValidationResult
+from titan_lite.run.signals import StopFlag
 from titan_lite.step import Training
 
 
-def validate(training: Training, batches: Iterable[Batch], token_bytes: numpy.ndarray, step: int) -> ValidationResult:
-    """Mean loss per token and per byte of text over all ranks' batches, of which every rank must have as many."""
+def validate(
+    training: Training, batches: Iterable[Batch], token_bytes: numpy.ndarray, step: int, stop: StopFlag
+) -> ValidationResult | None:
+    """Mean loss per token and per byte of text over all ranks' batches, of which every rank must have as many.
+
+    None where a signal to any rank asks to stop: there may be little time left to save.
+    """
     start = time.perf_counter()
     world = training.world
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens = text_bytes = 0
     with evaluating(training.model):
         for batch in batches:
+            if world.total(bool(stop))[0]:
+                return None
             parts = (part.to(world.device) for part in (batch.tokens, batch.targets, batch.documents))
             loss += training.objective(training.model, *parts)
             targets = batch.targets[batch.targets != IGNORE]

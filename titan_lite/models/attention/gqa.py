@@ -39,6 +39,14 @@ class GQA(Attention):
         """What computes the attention."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if not any(isinstance(mask, Causal.Config) for mask in self.masks):
+                yield Problem(
+                    code=CROSS_FIELD,
+                    key=".masks",
+                    value=[mask.model_dump() for mask in self.masks],
+                    why='lacks "causal": next-token training would see its targets',
+                    allowed='a list with { type = "causal" }, and more masks if wanted',
+                )
             if self.n_kv_heads and self.n_heads % self.n_kv_heads:
                 divisors = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
                 yield Problem(

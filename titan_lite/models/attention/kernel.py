@@ -82,6 +82,10 @@ class SDPA(Kernel):
         return SDPAMask(is_causal=False, mask=allowed)
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: SDPAMask) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        if prepared.mask is not None and groups > 1 and q.is_cuda:
+            # On CUDA the only kernel for grouped heads with a mask holds all scores; the others want as many heads.
+            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=prepared.mask, is_causal=prepared.is_causal, enable_gqa=q.shape[1] != k.shape[1]
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import Field
 from torch import Tensor
 
+from titan_lite.config.fields import PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.context import Context
 from titan_lite.models.ffn.base import FFN
@@ -18,7 +18,7 @@ class GLU(FFN):
 
     class Config(FFN.Config):
         type: Literal["glu"] = "glu"
-        hidden: Annotated[int, Field(gt=0)] = 768
+        hidden: PositiveInt = 768
         """Inner width F."""
         activation: Activation = "silu"
         """Applied to the gate."""

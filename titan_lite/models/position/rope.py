@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
+from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.context import Context
 from titan_lite.models.position.base import Position
 
@@ -20,7 +20,7 @@ class RoPE(Position):
 
     class Config(Position.Config):
         type: Literal["rope"] = "rope"
-        theta: Annotated[float, Field(gt=0)] = 10000.0
+        theta: PositiveFloat = 10000.0
         """Base of the frequencies."""
 
     def __init__(self, config: Config, head_dim: int):
