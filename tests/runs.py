@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def tiny_job(**sections: dict[str, Any]) -> Job:
     """A float32 job of a two-layer model of width 32: 8 rows of 16 tokens per step. `sections` are merged over it."""
     tables: dict[str, dict[str, Any]] = {
-        "model": {"dim": 32, "n_layers": 2, "vocab_size": VOCAB},
+        "model": {"dim": 32, "n_layers": 2},
         "training": {
             "local_batch_size": 8,
             "seq_len": 16,

@@ -288,16 +288,18 @@ def test_async_saves_the_values_of_the_call_and_does_not_wait(tmp_path: Path, ga
         assert resumed(make_manager(tmp_path)) == step
 
 
-def test_a_save_waits_for_the_one_that_runs(tmp_path: Path, gate: threading.Event) -> None:
+def test_a_background_save_never_makes_training_wait_for_the_one_that_runs(
+    tmp_path: Path, gate: threading.Event, caplog: pytest.LogCaptureFixture
+) -> None:
     manager = make_manager(tmp_path, async_mode="async")
-    manager.save(10, make_tensors(10), STATE)
+    assert manager.save(10, make_tensors(10), STATE)
+    assert not manager.save(20, make_tensors(20), STATE)  # step 10 is still being written: left out
+    assert "Step 20 is not saved" in caplog.text
     timer = threading.Timer(0.2, gate.set)
     timer.start()
-    manager.save(20, make_tensors(20), STATE)  # begins only once step 10 is complete
-    assert manager.latest() == 10
-    manager.save(30, make_tensors(30), STATE, last=True)  # not in the background
-    assert list_steps(tmp_path / "checkpoint") == [10, 20, 30]
-    assert read_manifest(tmp_path / "checkpoint/step-30").parent_step == 20
+    assert manager.save(30, make_tensors(30), STATE, last=True)  # the last one waits, and is not in the background
+    assert list_steps(tmp_path / "checkpoint") == [10, 30]
+    assert read_manifest(tmp_path / "checkpoint/step-30").parent_step == 10
 
 
 def test_a_background_failure_is_reported_at_the_next_poll(

@@ -29,10 +29,26 @@ CASES: dict[str, tuple[str, Found]] = {
     "date": ("[training]\nsteps = 2026-01-01", [("E002", 2, "training.steps")]),
     "int in a list of strings": ('[generation]\nprompts = ["a", 1]', [("E002", 2, "generation.prompts[1]")]),
     "neither member of a union": ("[data.source]\ntype = 'files'\npath = 3", [("E002", 3, "data.source.path")]),
+    "determinism check": (
+        '[activation_checkpoint]\ndeterminism_check = "of course"',
+        [("E003", 2, "activation_checkpoint.determinism_check")],
+    ),
     "zero steps": ("[training]\nsteps = 0", [("E003", 2, "training.steps")]),
     "lr zero": ("[optimizer]\nlr = 0.0", [("E003", 2, "optimizer.lr")]),
     "lr infinite": ("[optimizer]\nlr = inf", [("E003", 2, "optimizer.lr")]),
     "lr nan": ("[optimizer]\nlr = nan", [("E003", 2, "optimizer.lr")]),
+    "infinite numbers": (
+        "[optimizer]\neps = inf\n[model]\ninit = {std = inf, cutoff = inf}\nnorm = {eps = inf}\n"
+        "attention = {position = {theta = inf}}",
+        [
+            ("E003", 2, "optimizer.eps"),
+            ("E003", 4, "model.init.std"),
+            ("E003", 4, "model.init.cutoff"),
+            ("E003", 5, "model.norm.eps"),
+            ("E003", 6, "model.attention.position.theta"),
+        ],
+    ),
+    "norm nan": ("[training]\nmax_norm = nan", [("E003", 2, "training.max_norm")]),
     "beta one": ("[optimizer]\nbeta2 = 1.0", [("E003", 2, "optimizer.beta2")]),
     "not a choice": ('[training]\ndtype = "float16"', [("E003", 2, "training.dtype")]),
     "keep one checkpoint": ("[checkpoint]\nkeep_latest_k = 1", [("E003", 2, "checkpoint.keep_latest_k")]),
@@ -60,6 +76,11 @@ CASES: dict[str, tuple[str, Found]] = {
     "type of the wrong type": ("[model.norm]\ntype = 3", [("E004", 2, "model.norm.type")]),
     "unknown optimizer": ('[optimizer]\nname = "Adan"', [("E004", 2, "optimizer.type")]),
     "type missing": ("[model.attention]\nmasks = [{}]", [("E010", 2, "model.attention.masks[0].type")]),
+    "masks without causal": (
+        '[model.attention]\nmasks = [{type = "document"}]',
+        [("E005", 2, "model.attention.masks")],
+    ),
+    "vocabulary smaller than the tokenizer's": ("[model]\nvocab_size = 255", [("E005", 2, "model.vocab_size")]),
     "heads do not divide": ("[model.attention]\nn_heads = 7", [("E005", 2, "model.attention.n_heads")]),
     "dataset and another source": (
         '[training]\ndataset = "c4"\n[data.source]\ntype = "files"',
@@ -197,7 +218,7 @@ def test_what_a_problem_says(write) -> None:
 
 
 def test_defaults_that_stand_in_for_broken_values_are_not_blamed(write) -> None:
-    text = '[training]\nlocal_batch_size = "4"\nglobal_batch_size = 4'
+    text = '[profiling]\nenable_profiling = true\nprofiler_warmup = "1"\nprofile_freq = 3'
     with pytest.raises(ConfigError) as caught:
-        load_job(write(text), world_size=1)
-    assert [p.key for p in caught.value.problems] == ["training.local_batch_size"]
+        load_job(write(text))
+    assert [p.key for p in caught.value.problems] == ["profiling.profiler_warmup"]

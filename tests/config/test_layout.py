@@ -38,15 +38,16 @@ def test_degrees_that_do_not_make_the_world_size(layout, key, allowed) -> None:
 
 @pytest.mark.parametrize(
     ("size", "allowed"),
-    [(32, None), (-1, None), (33, "nearest 32 or 64"), (31, "nearest 32"), (100, "nearest 96 or 128")],
+    [(32, None), (24, None), (-1, None), (33, "nearest 32 or 40"), (7, "nearest 8"), (100, "nearest 96 or 104")],
 )
-def test_global_batch_is_a_multiple_of_what_one_pass_takes(size: int, allowed: str | None) -> None:
-    tables = {"training": {"local_batch_size": 4, "global_batch_size": size}}
+def test_ranks_share_the_global_batch_evenly(size: int, allowed: str | None) -> None:
+    """In micro-batches of at most local_batch_size, which need not divide a rank's share."""
+    tables = {"training": {"local_batch_size": 2, "global_batch_size": size}}
     if allowed is None:
         assert job_from_dict(tables, world_size=8).training.global_batch_size == size
         return
     with pytest.raises(ConfigError) as caught:
         job_from_dict(tables, world_size=8)
     assert [(p.key, p.allowed) for p in caught.value.problems] == [
-        ("training.global_batch_size", f"-1, or multiples of 32: {allowed}")
+        ("training.global_batch_size", f"-1, or multiples of 8: {allowed}")
     ]

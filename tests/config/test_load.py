@@ -121,7 +121,7 @@ def test_llama3_is_the_published_one(flavor: str) -> None:
 
 def test_a_preset_without_flavor_is_its_debug_model() -> None:
     model = job_from_dict({"model": {"name": "llama3"}}).model
-    assert (model.flavor, model.dim, model.vocab_size) == ("debugmodel", 256, 0)
+    assert (model.flavor, model.dim, model.vocab_size) == ("debugmodel", 128, 0)
 
 
 def test_a_resolved_config_loads_as_an_equal_job(write) -> None:
@@ -181,27 +181,3 @@ def test_the_source_of_the_validation(write) -> None:
     own = load_job(write('[validation]\nenable = true\ndataset = "c4_validation"')).validation.source()
     assert (own.path, own.name, own.split) == ("allenai/c4", "en", "validation")
     assert load_job(write("[validation]\nenable = true")).validation.source() is None
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "chosen", "path"),
-    [
-        ("tokenizer.json", b"{}", "huggingface", "tokenizer.json"),
-        ("original/tokenizer.model", b"IQ== 0\nIg== 1\n", "tiktoken", "original/tokenizer.model"),
-        ("tokenizer.model", b"\n\x0e\n\x05<unk>\x15\x00", "sentencepiece", "tokenizer.model"),
-    ],
-)
-def test_assets_choose_the_tokenizer(tmp_path, write, name, content, chosen, path) -> None:
-    assets = tmp_path / "assets"
-    (assets / name).parent.mkdir(parents=True)
-    (assets / name).write_bytes(content)
-    for given in (assets, assets / name):
-        tokenizer = load_job(write(f'[model]\nhf_assets_path = "{given}"')).tokenizer
-        assert (tokenizer.type, tokenizer.path) == (chosen, str(assets / path))
-    explicit = load_job(write(f'[model]\nhf_assets_path = "{assets}"\n[tokenizer]\ntype = "bytes"')).tokenizer
-    assert explicit.type == "bytes"
-
-
-def test_assets_without_a_tokenizer(tmp_path, write) -> None:
-    with pytest.raises(ConfigError, match="the folder holds no tokenizer"):
-        load_job(write(f'[model]\nhf_assets_path = "{tmp_path}"'))

@@ -132,8 +132,3 @@ def test_c4_test_is_replaced_with_a_word() -> None:
     job = job_from_dict({"training": {"dataset": "c4_test"}})
     assert job.data.source.type == "python_stdlib"
     assert ["c4_test" in line for line in job.warnings] == [True]
-
-
-def test_a_warm_up_longer_than_the_run_is_said() -> None:
-    warnings = job_from_dict({"training": {"steps": 10}, "lr_scheduler": {"warmup_steps": 20}}).warnings
-    assert warnings == ("lr_scheduler.warmup_steps = 20 is cut to training.steps = 10",)

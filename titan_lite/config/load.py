@@ -39,7 +39,6 @@ from titan_lite.config.toml import toml_text
 from titan_lite.config.translate import problems_of
 from titan_lite.job import Job
 
-
 _OF_THIS_MACHINE: Final = (FILE_MISSING, NOT_HERE)
 """Codes of problems that another machine may not have."""
 

@@ -24,8 +24,8 @@ class LRScheduler(Component):
         total_steps: Annotated[int | None, Field(gt=0)] = None
         """Steps the schedule is laid out for; default training.steps."""
         decay_ratio: Annotated[float | None, Field(ge=0, le=1)] = None
-        """Share of the steps that decay, after a stable phase; default: everything after the warm-up, and never more than
-        that (with a warning)."""
+        """Share of the steps that decay, after a stable phase; default: everything after the warm-up. More than
+        that is cut to it, with a warning."""
         decay_type: Literal["linear", "sqrt", "cosine"] = "linear"
         """Shape of the decay."""
         min_lr_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
