@@ -112,3 +112,10 @@ def test_a_resolved_config_loads_where_the_assets_are_gone(write, folder) -> Non
     with pytest.raises(ConfigError) as caught:
         load_job(file)
     assert {p.code for p in caught.value.problems} == {"E006"}
+
+
+def test_a_file_of_another_name_in_the_assets_can_be_named(tmp_path, write) -> None:
+    (tmp_path / "tekken.json").write_text("{}")
+    path = f'path = "{tmp_path}/tekken.json"'
+    file = write(f'[model]\nhf_assets_path = "{tmp_path}"\n[tokenizer]\ntype = "huggingface"\n{path}')
+    assert load_job(file).tokenizer.path == f"{tmp_path}/tekken.json"
