@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -69,7 +70,7 @@ class Checkpoint(ConfigBase):
             if getattr(self, key):
                 why = "is not available yet: Hugging Face folders are not read or written by the trainer"
                 yield Problem(NOT_AVAILABLE, f".{key}", why, True, "false")
-        if self.initial_load_path and not Path(self.initial_load_path).expanduser().exists():
+        if self.initial_load_path and not Path(os.path.expanduser(self.initial_load_path)).exists():
             yield Problem(FILE_MISSING, ".initial_load_path", "does not exist", self.initial_load_path)
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:

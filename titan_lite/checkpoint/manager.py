@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 import uuid
 from collections.abc import Mapping
@@ -119,7 +120,7 @@ class CheckpointManager:
         if not self.config.initial_load_path:
             return None
         with agreed(self.world):
-            folder = find_checkpoint(Path(self.config.initial_load_path).expanduser())
+            folder = find_checkpoint(Path(os.path.expanduser(self.config.initial_load_path)))
         return Start(folder, resume=False, model_only=self.config.initial_load_model_only)
 
     def finished(self, start: Start, steps: int) -> int | None:

@@ -112,7 +112,7 @@ def missing(entry: str) -> str:
         return "an empty path"
     if glob.has_magic(entry):
         return f"no file matches {entry}"
-    where = Path(entry).expanduser()
+    where = Path(os.path.expanduser(entry))
     return (
         f"the folder {where} holds no file ending in {', '.join(FORMATS)}" if where.is_dir() else f"there is no {where}"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +38,7 @@ class HuggingFace(Tokenizer):
 
         def file(self) -> Path | None:
             """The tokenizer.json on this machine; None where `path` is a name on the hub."""
-            path = Path(self.path).expanduser()
+            path = Path(os.path.expanduser(self.path))
             if path.is_dir():
                 return path / "tokenizer.json"
             local = path.exists() or path.is_absolute() or path.suffix == ".json" or self.path.startswith(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -31,12 +32,12 @@ class SentencePiece(Tokenizer):
         def problems(self, job: Job, world_size: int | None) -> Iterator[Problem]:
             if not self.path:
                 yield Problem(KEY_MISSING, ".path", "say which SentencePiece model: a .model file")
-            elif not Path(self.path).expanduser().is_file():
+            elif not Path(os.path.expanduser(self.path)).is_file():
                 yield Problem(FILE_MISSING, ".path", "there is no such file", value=self.path)
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.model = read_vocabulary(Path(config.path).expanduser())
+        self.model = read_vocabulary(Path(os.path.expanduser(config.path)))
         try:
             self.backend = processor(self.model)
         except Exception as error:  # the library raises RuntimeError or ParseError depending on its version

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -92,7 +93,7 @@ class Tiktoken(Tokenizer):
         def problems(self, job: Job, world_size: int | None) -> Iterator[Problem]:
             if bool(self.path) == bool(self.encoding):
                 yield Problem(CROSS_FIELD, ".path", "give exactly one of `path` (a local file) and `encoding` (a name)")
-            elif self.path and not Path(self.path).expanduser().is_file():
+            elif self.path and not Path(os.path.expanduser(self.path)).is_file():
                 yield Problem(FILE_MISSING, ".path", "there is no such file", value=self.path)
             if self.encoding and self.pattern:
                 yield Problem(CROSS_FIELD, ".pattern", "an `encoding` has its own pattern", value=self.pattern)
@@ -152,7 +153,7 @@ def from_file(config: Tiktoken.Config) -> tiktoken.Encoding:
     """The encoding of a local file."""
     import tiktoken
 
-    path = Path(config.path).expanduser()
+    path = Path(os.path.expanduser(config.path))
     ranks = parse_ranks(read_vocabulary(path), config.path)
     name = config.pattern or RANKS.get(len(ranks), "")
     if not name:
