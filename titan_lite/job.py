@@ -21,16 +21,14 @@ from titan_lite.parallel.config import ActivationCheckpoint, Compile, Parallelis
 from titan_lite.run.config import (
     Comm,
     Debug,
-    Experimental,
-    FaultTolerance,
     Generation,
     JobInfo,
-    MemoryEstimation,
     Metrics,
     Profiling,
     Training,
     Validation,
 )
+from titan_lite.run.torchtitan import Experimental, FaultTolerance, MemoryEstimation
 
 
 class Job(ConfigBase):

@@ -1,5 +1,4 @@
-"""Sections about the run itself: [job] [training] [metrics] [profiling] [validation] [generation] [debug] [comm] and,
-known from torchtitan but without a part here, [memory_estimation] [fault_tolerance] [experimental]."""
+"""Sections about the run itself: [job] [training] [metrics] [profiling] [validation] [generation] [debug] [comm]."""
 
 from __future__ import annotations
 
@@ -312,53 +311,3 @@ class Comm(ConfigBase):
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.mode != "default":
             yield f'comm.mode = "{self.mode}" is not honoured: `python -m estimation CONFIG` is the dry run'
-
-
-class MemoryEstimation(ConfigBase):
-    """[memory_estimation]: torchtitan's in-trainer estimate, here `python -m estimation`."""
-
-    enable: bool = False
-    """Not honoured."""
-    disable_fake_mode: bool = False
-    """Not honoured."""
-
-    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        if self.enable:
-            yield "memory_estimation.enable is not honoured: `python -m estimation CONFIG` estimates before launch"
-
-
-class FaultTolerance(ConfigBase):
-    """[fault_tolerance]: torchft, which has no part here."""
-
-    enable: bool = False
-    """Not honoured: a run that dies is resumed from its newest checkpoint."""
-    process_group: str = "gloo"
-    """Idle."""
-    process_group_timeout_ms: PositiveInt = 10000
-    """Idle."""
-    replica_id: Count = 0
-    """Idle."""
-    group_size: Count = 0
-    """Idle."""
-    min_replica_size: Count = 1
-    """Idle."""
-    semi_sync_method: str = ""
-    """Idle."""
-
-    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        if self.enable:
-            yield "fault_tolerance.enable is not honoured: start a run again and it resumes from its newest checkpoint"
-
-
-class Experimental(ConfigBase):
-    """[experimental]: torchtitan's plug-in keys, which would run code named in a config."""
-
-    custom_import: str = ""
-    """Not honoured."""
-    custom_args_module: str = ""
-    """Not honoured."""
-
-    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        for key in ("custom_import", "custom_args_module"):
-            if getattr(self, key):
-                yield f"experimental.{key} is not honoured: nothing in a config runs code"
