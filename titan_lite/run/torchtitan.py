@@ -1,4 +1,4 @@
-"""torchtitan's sections that have no part here, read and told of: [memory_estimation] [fault_tolerance] [experimental]."""
+"""torchtitan's sections that have no part here, read and told of: memory estimation, fault tolerance, experimental."""
 
 from __future__ import annotations
 
