@@ -42,7 +42,7 @@ source = { type = "files", path = "DOCUMENTS" }
 local_batch_size = 2
 global_batch_size = 8
 seq_len = 32
-steps = 60
+steps = 120
 mixed_precision_param = "float32"
 
 [optimizer]
@@ -56,11 +56,11 @@ mode = "none"
 
 [checkpoint]
 enable = true
-interval = 15
+interval = 30
 
 [validation]
 enable = true
-freq = 30
+freq = 60
 steps = 2
 local_batch_size = 2
 seq_len = 32
@@ -152,9 +152,9 @@ class Launched:
 
 def assert_same_run(a: Launched, b: Launched) -> None:
     """Every step of both was logged once, with the same bits, and the last checkpoints hold the same bits."""
-    assert list(losses(a.folder)) == list(range(1, 61))
+    assert list(losses(a.folder)) == list(range(1, 121))
     assert losses(a.folder) == losses(b.folder)
-    assert_same_tensors(a.folder / "checkpoint" / "step-60", b.folder / "checkpoint" / "step-60")
+    assert_same_tensors(a.folder / "checkpoint" / "step-120", b.folder / "checkpoint" / "step-120")
 
 
 def test_a_run_that_is_killed_and_stopped_is_bitwise_the_same(config: Path, tmp_path: Path):
@@ -163,12 +163,12 @@ def test_a_run_that_is_killed_and_stopped_is_bitwise_the_same(config: Path, tmp_
     assert straight.wait() == 0, straight.log.read_text()
 
     worker_dies = Launched(config, tmp_path / "killed")
-    worker_dies.until_step(15)
+    worker_dies.until_step(30)
     os.kill(max(worker_dies.workers()), signal.SIGKILL)
     assert worker_dies.wait() == 1
 
     launcher_dies = Launched(config, tmp_path / "killed")
-    launcher_dies.until_step(30)
+    launcher_dies.until_step(60)
     launcher_dies.process.kill()
     deadline = time.monotonic() + 5
     while launcher_dies.workers() and time.monotonic() < deadline:
@@ -177,11 +177,11 @@ def test_a_run_that_is_killed_and_stopped_is_bitwise_the_same(config: Path, tmp_
     launcher_dies.wait()
 
     stopped = Launched(config, tmp_path / "killed")
-    stopped.until_step(45)
+    stopped.until_step(90)
     stopped.process.send_signal(signal.SIGUSR1)
     assert stopped.wait() == EXIT_STOPPED, stopped.log.read_text()
     newest = max(int(path.name.removeprefix("step-")) for path in (stopped.folder / "checkpoint").glob("step-*"))
-    assert newest == max(losses(stopped.folder)) > 45  # saved at the end of the very step
+    assert newest == max(losses(stopped.folder)) > 90  # saved at the end of the very step
 
     last = Launched(config, tmp_path / "killed")
     assert last.wait() == 0, last.log.read_text()
@@ -193,7 +193,7 @@ def test_kill_and_resume_is_bitwise_compiled(config: Path, tmp_path: Path):
     straight = Launched(config, tmp_path / "straight", *overrides)
     assert straight.wait() == 0, straight.log.read_text()
     killed = Launched(config, tmp_path / "killed", *overrides)
-    killed.until_step(15)
+    killed.until_step(30)
     os.kill(max(killed.workers()), signal.SIGKILL)
     assert killed.wait() == 1
     last = Launched(config, tmp_path / "killed", *overrides)
