@@ -6,6 +6,7 @@ The first lines run before torch is imported: from then on the worker dies with 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 
 from titan_lite.run.signals import StopFlag, die_with_parent
@@ -27,7 +28,9 @@ def main(arguments: list[str]) -> int:
         from titan_lite.trainer import Trainer
 
         try:
-            return Trainer(load_job(arguments[0], arguments[1:]), stop).run()
+            # Checked once more with the world as it is: torchrun starts workers without the launcher's check.
+            job = load_job(arguments[0], arguments[1:], int(os.environ.get("WORLD_SIZE", 1)))
+            return Trainer(job, stop).run()
         except SaveError as error:
             print(error, file=sys.stderr)
             return 1
