@@ -28,7 +28,7 @@ class Uneven(nn.Module):
 SPECS = {
     "narrow": Spec("hidden", 3, 7),
     "tall": Spec("hidden", 64, 1031, "residual"),
-    "gain": Spec("norm", 1, 5, "ones"),
+    "gain": Spec("norm", 1, 5, 1.0),
 }
 INIT = TruncatedNormal(TruncatedNormal.Config(), n_layers=8)
 

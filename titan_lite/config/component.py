@@ -57,7 +57,7 @@ class ConfigBase(BaseModel):
 
 
 class SlotConfig(ConfigBase):
-    """Config of a slot. The class that declares `slot` in its body is the family, its subclasses are the choices."""
+    """Config of a slot. The class that declares `slot` in its body is the family; subclasses with `type` are choices."""
 
     slot: ClassVar[str]
     default_type: ClassVar[str | None] = None
@@ -117,7 +117,7 @@ class Component:
         if config is None:
             return
         config.component = cls
-        if issubclass(config, SlotConfig) and "slot" not in vars(config):
+        if issubclass(config, SlotConfig) and "type" in config.model_fields:
             name = config.model_fields["type"].default
             taken = config.choices.setdefault(name, config)
             assert taken is config, f"two components of the slot {config.slot!r} are called {name!r}"

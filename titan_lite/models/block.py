@@ -27,6 +27,8 @@ class Layer:
     residual: Residual.Config
     norm: Norm.Config
     linear: Linear.Config
+    n_layers: int
+    """Executed layers of the whole model."""
 
 
 class Block(Module):
@@ -47,8 +49,7 @@ class SequentialBlock(Block):
         super().__init__()
         self.attention = layer.attention.build(dim=dim, linear=layer.linear)
         self.ffn = layer.ffn.build(dim=dim, linear=layer.linear)
-        self.attention_residual = layer.residual.build(dim=dim, norm=layer.norm)
-        self.ffn_residual = layer.residual.build(dim=dim, norm=layer.norm)
+        self.attention_residual, self.ffn_residual = layer.residual.pair(dim, layer.norm, layer.n_layers)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         x = self.attention_residual(x, self.attention, context)

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
+from titan_lite.models.dropout import Noise
+
 
 class LayerMemory(Protocol):
     """Where one layer's keys and values go between calls."""
@@ -39,7 +41,7 @@ class NoMemory:
 
 
 class Context(NamedTuple):
-    """Facts of one forward pass, shared by all blocks (the memory is narrowed to the layer by the stack)."""
+    """Facts of one forward pass, shared by all blocks; the stack narrows memory and noise to the layer."""
 
     positions: Tensor
     """(T,) position of each query token; keys are counted from 0 up to the last query."""
@@ -47,5 +49,14 @@ class Context(NamedTuple):
     """(B, T) document number of each token, or None where the rows are not packed."""
     memory: Any
     """A `Memory`; inside a block, its `LayerMemory`."""
+    noise: Noise | None
+    """What dropout draws from; None = nothing is dropped."""
     prepared: dict[str, Any]
     """What position encodings and attention kernels compute once per forward, by the key they chose."""
+    carry: dict[str, Tensor]
+    """What a layer leaves for the later layers of this forward, by the name of the feature."""
+
+    def layer(self, index: int) -> Context:
+        """The context of executed layer `index`."""
+        noise = None if self.noise is None else self.noise.layer(index)
+        return self._replace(memory=self.memory.layer(index), noise=noise)

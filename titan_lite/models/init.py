@@ -75,8 +75,8 @@ def initialize(model: nn.Module, specs: dict[str, Spec], init: Init, seed: int) 
             )
         else:
             local, local_shape, offset = parameter, tuple(shape), (0,) * len(shape)
-        if spec.start in ("zeros", "ones"):
-            local.fill_(1.0 if spec.start == "ones" else 0.0)
+        if isinstance(spec.start, float):
+            local.fill_(spec.start)
         elif local.numel():
             _fill(local, name, spec, init, seed, tuple(shape), tuple(local_shape), tuple(offset))
 

@@ -11,7 +11,7 @@ from titan_lite.models.spec import Role, Spec, Start
 
 
 class Linear(Component):
-    """(..., d_in) -> (..., d_out)."""
+    """(..., d_in) -> (..., d_out). Built as `linear.build(d_in, d_out, role=, start=, bias=)`."""
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "linear"
@@ -19,17 +19,19 @@ class Linear(Component):
 
 
 class DefaultLinear(nn.Linear, Linear):
-    """y = x W^T, without bias."""
+    """y = x W^T, plus a bias b where the module that builds it asks for one."""
 
     class Config(Linear.Config):
         type: Literal["default"] = "default"
 
-    def __init__(self, config: Config, d_in: int, d_out: int, role: Role = "hidden", start: Start = "weight"):
-        super().__init__(d_in, d_out, bias=False)
+    def __init__(
+        self, config: Config, d_in: int, d_out: int, role: Role = "hidden", start: Start = "weight", bias: bool = False
+    ):
+        super().__init__(d_in, d_out, bias=bias)
         self.spec = Spec(role, d_in, d_out, start)
 
     def reset_parameters(self) -> None:
         """Nothing: the model's init slot fills every parameter."""
 
     def param_specs(self) -> dict[str, Spec]:
-        return {"weight": self.spec}
+        return {"weight": self.spec} | ({} if self.bias is None else {"bias": Spec("bias", 1, self.out_features, 0.0)})

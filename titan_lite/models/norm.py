@@ -40,4 +40,17 @@ class RMSNorm(Norm):
         return F.rms_norm(x, (self.dim,), self.weight, self.eps)
 
     def param_specs(self) -> dict[str, Spec]:
-        return {"weight": Spec("norm", 1, self.dim, "ones")}
+        return {"weight": Spec("norm", 1, self.dim, 1.0)}
+
+
+class NoNorm(Norm):
+    """y = x."""
+
+    class Config(Norm.Config):
+        type: Literal["none"] = "none"
+
+    def __init__(self, config: Config, dim: int):
+        super().__init__()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x

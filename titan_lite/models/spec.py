@@ -7,8 +7,8 @@ from typing import Literal
 
 from torch import nn
 
-Role = Literal["embed", "hidden", "head", "norm", "scalar", "expert", "router"]
-Start = Literal["weight", "residual", "zeros", "ones"]
+Role = Literal["embed", "hidden", "head", "norm", "bias", "scalar", "expert", "router"]
+Start = Literal["weight", "residual"] | float
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class Spec:
     """Inputs summed into one output; 1 for gains and for embedding rows, which are looked up and not summed."""
     fan_out: int
     start: Start = "weight"
-    """`weight`: the init slot's distribution; `residual`: for a matrix that writes into the residual stream."""
+    """`weight`: the init slot's distribution; `residual`: that of a matrix which writes into the residual stream;
+    a number: every element."""
 
 
 def collect_specs(model: nn.Module) -> dict[str, Spec]:

@@ -43,5 +43,5 @@ class PlainStack(Stack):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         for i, block in enumerate(self.schedule()):
-            x = block(x, context._replace(memory=context.memory.layer(i)))
+            x = block(x, context.layer(i))
         return x

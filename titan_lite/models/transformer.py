@@ -15,6 +15,7 @@ from titan_lite.config.fields import Strings
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
 from titan_lite.models.context import Context, Memory, NoMemory
+from titan_lite.models.dropout import Noise
 from titan_lite.models.embedding import Embedding, TokenEmbedding
 from titan_lite.models.ffn import FFN, GLU
 from titan_lite.models.head import Head, LMHead
@@ -22,7 +23,7 @@ from titan_lite.models.head.lm import Consume, all_logits
 from titan_lite.models.init import Init, TruncatedNormal
 from titan_lite.models.linear import DefaultLinear, Linear
 from titan_lite.models.module import Module
-from titan_lite.models.norm import Norm, RMSNorm
+from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.residual import PreNorm, Residual
 from titan_lite.models.stack import PlainStack, Stack
 
@@ -60,6 +61,8 @@ class Transformer(Module):
         """How a branch joins the residual stream."""
         norm: Norm.Config = RMSNorm.Config()
         """Every norm of the residual stream."""
+        final_norm: Norm.Config | None = None
+        """Before the head; not given = like `norm`, or none where the residual leaves the stream normalised."""
         attention: Attention.Config = GQA.Config()
         """The branch that mixes tokens."""
         ffn: FFN.Config = GLU.Config()
@@ -89,15 +92,21 @@ class Transformer(Module):
 
         def layers(self) -> list[Layer]:
             """The choices of each block."""
-            layer = Layer(self.block, self.attention, self.ffn, self.residual, self.norm, self.linear)
+            layer = Layer(self.block, self.attention, self.ffn, self.residual, self.norm, self.linear, self.n_layers)
             return [layer] * self.n_layers
+
+        def last_norm(self) -> Norm.Config:
+            """The norm before the head."""
+            if self.final_norm is not None:
+                return self.final_norm
+            return NoNorm.Config() if self.layers()[-1].residual.normalises_stream else self.norm
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.vocab_size = vocab_size
         self.embedding = config.embedding.build(vocab_size=vocab_size, dim=config.dim)
         self.stack = config.stack.build(dim=config.dim, layers=config.layers())
-        self.norm = config.norm.build(dim=config.dim)
+        self.norm = config.last_norm().build(dim=config.dim)
         self.head = config.head.build(dim=config.dim, vocab_size=vocab_size, linear=config.linear)
         self.tied = config.head.tied
         # A plain dict: these modules are registered where they belong, in their attentions.
@@ -108,16 +117,17 @@ class Transformer(Module):
         tokens: Tensor,
         documents: Tensor | None = None,
         memory: Memory | None = None,
+        noise: Noise | None = None,
         consume: Consume = all_logits,
     ) -> Tensor:
-        context = self._context(tokens, documents, NoMemory() if memory is None else memory)
-        x = self.embedding(tokens)  # (B, T, D)
+        context = self._context(tokens, documents, NoMemory() if memory is None else memory, noise)
+        x = self.embedding(tokens, context)  # (B, T, D)
         x = self.stack(x, context)
         return self.head(self.norm(x), self.embedding, consume)
 
-    def _context(self, tokens: Tensor, documents: Tensor | None, memory: Memory) -> Context:
+    def _context(self, tokens: Tensor, documents: Tensor | None, memory: Memory, noise: Noise | None) -> Context:
         positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
-        context = Context(positions, documents, memory, prepared={})
+        context = Context(positions, documents, memory, noise, prepared={}, carry={})
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 
     def shard_units(self) -> Iterator[nn.Module]:

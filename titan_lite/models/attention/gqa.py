@@ -9,9 +9,15 @@ from pydantic import Field
 from torch import Tensor
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
+from titan_lite.config.fields import Count, PositiveFloat, PositiveInt, Probability
 from titan_lite.models.attention.base import Attention
-from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel
+from titan_lite.models.attention.gate import Gate, NoGate
+from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel, Scoring
 from titan_lite.models.attention.mask import Causal, Mask
+from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
+from titan_lite.models.attention.score import Score, Softmax
+from titan_lite.models.attention.sink import NoSink, Sink
+from titan_lite.models.attention.value import NoValueMix, ValueMix
 from titan_lite.models.context import Context
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
@@ -19,24 +25,56 @@ from titan_lite.models.position import Position, RoPE
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
+Projection = Literal["q", "k", "v", "o"]
 
-class GQA(Attention):
-    """H query heads share G key/value heads: head h reads key/value head floor(h G / H). Source: arXiv 2305.13245."""
+
+class GroupedAttention(Attention):
+    """H query heads share G key/value heads: head h reads key/value head floor(h G / H). Source: arXiv 2305.13245.
+
+    A subclass says which matrices make queries, keys and values.
+    """
 
     class Config(Attention.Config):
-        type: Literal["gqa"] = "gqa"
-        n_heads: Annotated[int, Field(gt=0)] = 8
+        n_heads: PositiveInt = 8
         """Query heads H."""
-        n_kv_heads: Annotated[int, Field(ge=0)] = 0
-        """Key/value heads G, a divisor of n_heads; 0 = n_heads (multi-head attention)."""
-        head_dim: Annotated[int, Field(ge=0)] = 0
-        """Width of a head Dh; 0 = dim / n_heads."""
+        n_kv_heads: Count = 0
+        """Key/value heads G, a divisor of n_heads; 0 = n_heads (multi-head attention), 1 = multi-query attention."""
+        head_dim: Count = 0
+        """Width of a query and key head Dh; 0 = dim / n_heads."""
+        value_dim: Count = 0
+        """Width of a value head Dv; 0 = head_dim."""
+        bias: Annotated[tuple[Projection, ...], Field(strict=False)] = ()
+        """Projections with a bias."""
+        scale: Literal["inverse_sqrt", "inverse", "sqrt"] | PositiveFloat = "inverse_sqrt"
+        """Factor of the scores: 1 / sqrt(Dh), 1 / Dh (muP), sqrt(Dh) (nGPT), or a number."""
+        qk_norm: QKNorm.Config = NoQKNorm.Config()
+        """Normalisation of queries and keys."""
         position: Position.Config = RoPE.Config()
         """Position encoding of queries and keys."""
+        value_mix: ValueMix.Config = NoValueMix.Config()
+        """What is mixed into the values."""
         masks: Annotated[tuple[Mask.Config, ...], Field(strict=False, min_length=1)] = (Causal.Config(),)
         """What a query may see; all of them must allow it."""
+        score: Score.Config = Softmax.Config()
+        """From scores to the weights of the values."""
+        dropout: Probability = 0.0
+        """Probability with which a weight of a value is dropped."""
+        sink: Sink.Config = NoSink.Config()
+        """What a query may attend to instead of any token."""
+        gate: Gate.Config = NoGate.Config()
+        """Gate on the heads' output."""
         kernel: Kernel.Config = SDPA.Config()
         """What computes the attention."""
+
+        def width(self, dim: int) -> int:
+            """Dh of a model of this width."""
+            return self.head_dim or dim // self.n_heads
+
+        def score_scale(self, head_dim: int) -> float:
+            """The factor of the scores as a number."""
+            if isinstance(self.scale, str):
+                return {"inverse_sqrt": head_dim**-0.5, "inverse": 1 / head_dim, "sqrt": head_dim**0.5}[self.scale]
+            return self.scale
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if not any(isinstance(mask, Causal.Config) for mask in self.masks):
@@ -53,7 +91,7 @@ class GQA(Attention):
                     code=CROSS_FIELD,
                     key=".n_kv_heads",
                     value=self.n_kv_heads,
-                    why=f"must divide model.attention.n_heads ({self.n_heads})",
+                    why=f"must divide n_heads ({self.n_heads})",
                     allowed=", ".join(map(str, divisors)),
                 )
             if not self.head_dim and job.model.dim % self.n_heads:
@@ -62,42 +100,74 @@ class GQA(Attention):
                     key=".n_heads",
                     value=self.n_heads,
                     why=f"must divide model.dim ({job.model.dim}) where head_dim is not given",
-                    allowed="a divisor of model.dim, or set model.attention.head_dim",
+                    allowed="a divisor of model.dim, or set head_dim",
                 )
-            elif (self.head_dim or job.model.dim // self.n_heads) % 2:
-                yield Problem(
-                    code=CROSS_FIELD,
-                    key=".head_dim",
-                    value=self.head_dim or job.model.dim // self.n_heads,
-                    why="rotary positions turn pairs of a head's numbers, so its width must be even",
-                    allowed="an even number",
-                )
+            else:
+                yield from self.position.head_problems(self.width(job.model.dim))
+            yield from self.kernel.refusals(self)
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
-        self.n_heads = config.n_heads
-        self.head_dim = config.head_dim or dim // config.n_heads
-        n_kv_heads = config.n_kv_heads or config.n_heads
-        self.q = linear.build(dim, config.n_heads * self.head_dim)
-        self.k = linear.build(dim, n_kv_heads * self.head_dim)
-        self.v = linear.build(dim, n_kv_heads * self.head_dim)
-        self.o = linear.build(config.n_heads * self.head_dim, dim, start="residual")
-        self.position = config.position.build(head_dim=self.head_dim)
-        self.kernel = config.kernel.build(masks=[mask.build() for mask in config.masks])
+        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
+        self.head_dim = config.width(dim)
+        self.value_dim = config.value_dim or self.head_dim
+        self.project_with(config, dim, linear)
+        self.o = linear.build(self.n_heads * self.value_dim, dim, start="residual", bias="o" in config.bias)
+        heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
+        self.qk_norm = config.qk_norm.build(**heads)
+        self.position = config.position.build(n_heads=self.n_heads, head_dim=self.head_dim)
+        self.value_mix = config.value_mix.build()
+        scoring = Scoring(
+            scale=config.score_scale(self.head_dim),
+            masks=tuple(mask.build() for mask in config.masks),
+            bias=self.position.bias,
+            score=config.score.build(),
+            dropout=config.dropout,
+        )
+        self.kernel = config.kernel.build(scoring=scoring)
+        self.sink = config.sink.build(n_heads=self.n_heads)
+        self.gate = config.gate.build(dim=dim, n_heads=self.n_heads, value_dim=self.value_dim, linear=linear)
+
+    def project_with(self, config: Config, dim: int, linear: Linear.Config) -> None:
+        """Makes the matrices that `project` uses."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, Dh), k (B, G, T, Dh) and v (B, G, T, Dv) of x (B, T, D)."""
+        raise NotImplementedError
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, Dh)
-        k = self.k(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
-        v = self.v(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, G, T, Dh)
-        q, k = self.position(q, k, context.prepared[self.position.key])
-        k, v = context.memory.extend(k, v)  # (B, G, S, Dh)
-        y = self.kernel(q, k, v, context.prepared[self.kernel.key])
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))
+        q, k, v = self.project(x)
+        q, k = self.qk_norm(q, k)
+        v = self.value_mix(v, context.carry)
+        q, k, v = self.position(q, k, v, context.memory, context.prepared[self.position.key])
+        q = self.qk_norm.after_position(q)
+        y = self.sink(self.kernel, q, k, v, context)
+        return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 
     def shared(self) -> Iterator[Position | PreparedKernel]:
         yield self.position
         yield self.kernel
 
     def score_flops_per_token(self, seq_len: int) -> int:
-        return 4 * self.n_heads * self.head_dim * seq_len
+        return 2 * self.n_heads * (self.head_dim + self.value_dim) * seq_len
+
+
+class GQA(GroupedAttention):
+    """Grouped-query attention with a matrix each for queries, keys and values. Source: arXiv 2305.13245."""
+
+    class Config(GroupedAttention.Config):
+        type: Literal["gqa"] = "gqa"
+
+    def project_with(self, config: GroupedAttention.Config, dim: int, linear: Linear.Config) -> None:
+        self.q = linear.build(dim, self.n_heads * self.head_dim, bias="q" in config.bias)
+        self.k = linear.build(dim, self.n_kv_heads * self.head_dim, bias="k" in config.bias)
+        self.v = linear.build(dim, self.n_kv_heads * self.value_dim, bias="v" in config.bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return heads(self.q(x), self.head_dim), heads(self.k(x), self.head_dim), heads(self.v(x), self.value_dim)
+
+
+def heads(x: Tensor, width: int) -> Tensor:
+    """(B, T, n * width) -> (B, n, T, width)."""
+    return x.unflatten(-1, (-1, width)).transpose(1, 2)

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titan_lite.config.component import SlotConfig
+from titan_lite.models.context import Context
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
 
 
 class Embedding(Module):
-    """Token ids (B, T) -> (B, T, D). Holds `weight` (V, D), which a tied head reads."""
+    """Token ids (B, T), context -> (B, T, D). Holds `weight` (V, D), which a tied head reads."""
 
     weight: nn.Parameter
 
@@ -34,7 +35,7 @@ class TokenEmbedding(Embedding):
         self.vocab_size, self.dim = vocab_size, dim
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, context: Context) -> Tensor:
         return F.embedding(tokens, self.weight)
 
     def param_specs(self) -> dict[str, Spec]:

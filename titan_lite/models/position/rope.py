@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveFloat
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, LayerMemory
 from titan_lite.models.position.base import Position
 
 
@@ -23,7 +25,12 @@ class RoPE(Position):
         theta: PositiveFloat = 10000.0
         """Base of the frequencies."""
 
-    def __init__(self, config: Config, head_dim: int):
+        def head_problems(self, head_dim: int) -> Iterable[Problem]:
+            if head_dim % 2:
+                why = "rotary positions turn pairs of a head's numbers, so its width must be even"
+                yield Problem(CROSS_FIELD, ".head_dim", why, head_dim, "an even number")
+
+    def __init__(self, config: Config, n_heads: int, head_dim: int):
         super().__init__()
         self.theta, self.head_dim = config.theta, head_dim
         self.key = f"rope {head_dim} {config.model_dump_json()}"
@@ -36,9 +43,11 @@ class RoPE(Position):
         angles = torch.outer(context.positions.to(torch.float32), self.theta**-exponents)
         return angles.cos(), angles.sin()
 
-    def forward(self, q: Tensor, k: Tensor, prepared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, prepared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         cos, sin = prepared
-        return rotate(q, cos, sin), rotate(k, cos, sin)
+        return rotate(q, cos, sin), *memory.extend(rotate(k, cos, sin), v)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,45 +1,16 @@
-"""Attention kernels: softmax(q k^T / sqrt(Dh) + mask) v."""
+"""torch's scaled_dot_product_attention."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titan_lite.config.component import SlotConfig
-from titan_lite.models.attention.mask import Causal, Mask
+from titan_lite.models.attention.kernel.base import Kernel, Scoring
+from titan_lite.models.attention.mask import Causal
 from titan_lite.models.context import Context
-from titan_lite.models.module import Module
-
-
-class PreparedKernel(Protocol):
-    """A kernel that shares its mask between layers; see `Kernel`."""
-
-    key: str
-
-    def prepare(self, context: Context) -> Any: ...
-
-
-class Kernel(Module):
-    """q (B, H, T, Dh), k and v (B, G, S, Dh) -> (B, H, T, Dh); G divides H; the last T of S keys are the queries' own.
-
-    `prepare` turns the masks into what the kernel wants, once per forward for all layers whose `key` is the same.
-    """
-
-    key: str
-
-    class Config(SlotConfig):
-        slot: ClassVar[str] = "kernel"
-        default_type: ClassVar[str | None] = "sdpa"
-
-    def prepare(self, context: Context) -> Any:
-        raise NotImplementedError
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: Any) -> Tensor:
-        raise NotImplementedError
 
 
 class SDPAMask(NamedTuple):
@@ -55,10 +26,11 @@ class SDPA(Kernel):
     class Config(Kernel.Config):
         type: Literal["sdpa"] = "sdpa"
 
-    def __init__(self, config: Config, masks: Sequence[Mask]):
+    def __init__(self, config: Config, scoring: Scoring):
         super().__init__()
-        self.masks = tuple(masks)
-        self.key = "sdpa " + " ".join(mask.config.model_dump_json() for mask in masks)
+        self.scoring = scoring
+        self.masks = scoring.masks
+        self.key = f"sdpa {scoring.key}"
 
     def prepare(self, context: Context) -> SDPAMask:
         """An explicit mask, (T, S) or (B, 1, T, S), only where the built-in causal one does not say it all."""
@@ -81,11 +53,18 @@ class SDPA(Kernel):
             allowed = allowed & grid
         return SDPAMask(is_causal=False, mask=allowed)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, prepared: SDPAMask) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        prepared: SDPAMask = context.prepared[self.key]
         groups = q.shape[1] // k.shape[1]
         if prepared.mask is not None and groups > 1 and q.is_cuda:
             # On CUDA the only kernel for grouped heads with a mask holds all scores; the others want as many heads.
             k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=prepared.mask, is_causal=prepared.is_causal, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=prepared.mask,
+            is_causal=prepared.is_causal,
+            scale=self.scoring.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
         )

@@ -1,0 +1,6 @@
+"""What computes the attention, once queries, keys and values are there."""
+
+from titan_lite.models.attention.kernel.base import Kernel as Kernel
+from titan_lite.models.attention.kernel.base import PreparedKernel as PreparedKernel
+from titan_lite.models.attention.kernel.base import Scoring as Scoring
+from titan_lite.models.attention.kernel.sdpa import SDPA as SDPA
