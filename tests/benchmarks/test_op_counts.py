@@ -7,6 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
+from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch.fx import GraphModule
 
 from benchmarks.measure import DispatchedOps, difference
 from benchmarks.minimal import Loop, PlainTransformer, mean_loss
@@ -75,3 +79,29 @@ def test_ops_of_a_step(plain: bool, expected: dict[str, int]) -> None:
     assert our_loss == pytest.approx(their_loss, abs=1e-6)
     assert their_ops["aten.mm"] > 7 * LAYERS  # the counter sees forward and backward
     assert difference(our_ops, their_ops) == expected
+
+
+def graph_ops(module: nn.Module, *args: object) -> Counter[str]:
+    """The ops in the compiled forward and backward graphs of a block."""
+    ops: Counter[str] = Counter()
+
+    def count(graph: GraphModule, _: object) -> Callable[..., object]:
+        ops.update(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend=aot_autograd(fw_compiler=count, bw_compiler=count), fullgraph=True)
+    compiled(*args).sum().backward()
+    return ops
+
+
+def test_compiled_block() -> None:
+    """The compiled graphs of a block made of slots are those of a block written as one class."""
+    model = build_tiny(SECTIONS)[1].model
+    plain = PlainTransformer(VOCAB, 32, LAYERS, 4, 2, 48, 16).copy_weights(model)
+    x = torch.randn(2, 16, 32, requires_grad=True)
+    context = model.context(torch.zeros(2, 16, dtype=torch.long))
+    ours = graph_ops(next(model.stack.schedule()), x, context)
+    theirs = graph_ops(plain.blocks[0], x, plain.cos, plain.sin)
+    assert ours["aten.mm.default"] == 3 * 7  # forward, and two products backward, for each matrix
+    assert ours == theirs

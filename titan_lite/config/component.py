@@ -57,7 +57,7 @@ class ConfigBase(BaseModel):
 
 
 class SlotConfig(ConfigBase):
-    """Config of a slot. The class with `slot` in its body is the family; its subclasses with a `type` are the choices."""
+    """Config of a slot. The class with `slot` in its body is the family; subclasses with a `type` are the choices."""
 
     slot: ClassVar[str]
     default_type: ClassVar[str | None] = None

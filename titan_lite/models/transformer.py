@@ -120,12 +120,20 @@ class Transformer(Module):
         noise: Noise | None = None,
         consume: Consume = all_logits,
     ) -> Tensor:
-        context = self._context(tokens, documents, NoMemory() if memory is None else memory, noise)
+        context = self.context(tokens, documents, memory, noise)
         x = self.embedding(tokens, context)  # (B, T, D)
         x = self.stack(x, context)
         return self.head(self.norm(x), self.embedding, consume)
 
-    def _context(self, tokens: Tensor, documents: Tensor | None, memory: Memory, noise: Noise | None) -> Context:
+    def context(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None = None,
+        memory: Memory | None = None,
+        noise: Noise | None = None,
+    ) -> Context:
+        """What the blocks of one forward over `tokens` (B, T) are told."""
+        memory = NoMemory() if memory is None else memory
         positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
         context = Context(positions, documents, memory, noise, prepared={}, carry={})
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
