@@ -49,7 +49,7 @@ def global_batch(index: int, rows: int = 8, seq_len: int = 16) -> MicroBatch:
     for row in range(rows):
         targets[row, : row % 5] = -100
     documents = (torch.arange(seq_len) >= seq_len // 2).int().expand(rows, -1)
-    return MicroBatch(tokens[:, :-1], targets, documents)
+    return MicroBatch(tokens[:, :-1], targets, documents, torch.arange(rows))
 
 
 class Run(NamedTuple):
@@ -68,8 +68,10 @@ def full(tensor: Tensor) -> Tensor:
 def build_tiny(sections: dict[str, Any]) -> tuple[Job, Training]:
     """A built model in the world of this process (a pool's rank, or alone)."""
     job = tiny_job(**sections)
-    world = World.connect(job.parallelism, CPU, sharded=dist.is_initialized(), timeout_seconds=60)
-    return job, build(job, world, Precision.of(job.training, CPU), VOCAB)
+    precision = Precision.of(job, CPU)
+    second_mesh = len(precision.masters) > 1
+    world = World.connect(job.parallelism, CPU, dist.is_initialized(), timeout_seconds=60, second_mesh=second_mesh)
+    return job, build(job, world, precision, VOCAB)
 
 
 def train(sections: dict[str, Any], steps: int) -> Run:

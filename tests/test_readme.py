@@ -9,6 +9,9 @@ from pathlib import Path
 
 import torch
 
+from titan_lite.config.features import BEGIN, END, feature_table
+from titan_lite.models.transformer import Transformer
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -31,7 +34,7 @@ config = Transformer.Config.model_validate({"dim": 32, "n_layers": 2, "attention
 model = config.build(vocab_size=64)
 specs = collect_specs(model)
 assert specs["stack.blocks.1.ffn.down.weight"].start == "residual"
-initialize(model, specs, config.init.build(n_layers=2), 0)
+initialize(model, specs, config.init.build(dim=32, n_layers=2), 0)
 x = torch.randn(2, 3, 32)
 ffn = model.stack.blocks["0"].ffn
 expected = (x @ ffn.up.weight.t()).clamp(min=0) ** 2 @ ffn.down.weight.t()
@@ -58,10 +61,18 @@ def test_every_path_of_the_readme_exists():
 def test_the_config_of_the_readme_is_right(tmp_path: Path):
     from titan_lite.config.load import load_job
 
-    (block,) = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    block, layers = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "config.toml").write_text(block.replace("debug.toml", str(ROOT / "train_configs" / "debug.toml")))
     job = load_job(tmp_path / "config.toml", files=False)
     assert job.model.dim == 2048
     assert [mask.type for mask in job.model.attention.masks] == ["causal", "document"]
     with torch.device("meta"):
         job.model.build(vocab_size=job.model.vocab_size)
+    (tmp_path / "layers.toml").write_text("[model]\nn_layers = 12\n" + layers)
+    found = load_job(tmp_path / "layers.toml").model.each_layer()
+    assert [len(layer.attention.masks) for layer in found] == [2, 2, 2, 2, 2, 1] * 2
+
+
+def test_the_table_of_features_is_up_to_date():
+    table = feature_table(Transformer.Config, ("model",))
+    assert f"{BEGIN}\n{table}\n{END}" in README, "run `python -m titan_lite.config --features README.md`"

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from titan_lite.models.head.output import Output
 
 
 class LayerCache:
@@ -73,9 +74,9 @@ class Sampling:
         return int(tokens[torch.multinomial(probabilities, 1, generator=generator)])
 
 
-def last_logits(x: Tensor, weight: Tensor) -> Tensor:
+def last_logits(x: Tensor, output: Output) -> Tensor:
     """The `Consume` of decoding: logits (B, 1, V) of the last position only."""
-    return F.linear(x[:, -1:], weight)
+    return output.logits(x[:, -1:])
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
+from titan_lite.models.dropout import Noise, drops, no_noise
 from titan_lite.models.init import initialize
-from titan_lite.models.module import Module
+from titan_lite.models.module import after_step
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
@@ -40,22 +41,28 @@ class Training:
     schedule: LRScheduler
     peak_lr: float
     objective: LanguageModeling
+    validation_objective: LanguageModeling
+    """Pure cross entropy, whatever is minimised."""
+    noise: Callable[[int, Tensor], Noise | None]
+    """From the step and a micro-batch's rows to what its dropout draws from; None where the model drops nothing."""
     max_norm: float
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one forward pass, each (B, T)."""
+    """Rows of one forward pass: (B, T) each, but for their numbers."""
 
     tokens: Tensor
     targets: Tensor
     documents: Tensor
+    rows: Tensor
+    """(B,) int64, each row's number in the global batch."""
 
 
 class StepTensors(NamedTuple):
     """What a step leaves on the device; nothing has waited for it."""
 
     loss: Tensor
-    """Mean over the global batch's targets, nats per token."""
+    """What is minimised: mean over the global batch's targets, nats per token."""
     grad_norm: Tensor
     """Over all parameters, before clipping."""
     lr: float
@@ -67,12 +74,16 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     `blank` leaves the weights as the memory was: for a checkpoint that will fill all of them.
     """
     with torch.device("meta"):
-        model: Transformer = job.model.build(vocab_size=vocab_size).to(precision.master)
+        model: Transformer = job.model.build(vocab_size=vocab_size)
     specs = collect_specs(model)
+    precision.store(model, specs)
     parallelize(model, job, world, precision)
     if not blank:
-        initialize(model, specs, job.model.init.build(n_layers=job.model.n_layers), job.debug.seed)
+        initialize(model, specs, job.model.init.build(dim=job.model.dim, n_layers=job.model.n_layers), job.debug.seed)
+        model.embedding.warm_start()
+        after_step(model, world.total_tensor)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
+    cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
     return Training(
         world=world,
         model=model,
@@ -80,7 +91,9 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         optimizer=optimizer,
         schedule=job.lr_scheduler.build(steps=job.training.steps),
         peak_lr=job.optimizer.lr,
-        objective=LanguageModeling(CrossEntropy(job.training.loss_chunk_tokens, loss_compiler(job.compile))),
+        objective=LanguageModeling(cross_entropy(z_loss=job.training.z_loss)),
+        validation_objective=LanguageModeling(cross_entropy()),
+        noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
         max_norm=job.training.max_norm,
     )
 
@@ -91,19 +104,18 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     for group in training.optimizer.param_groups:
         group["lr"] = lr
     model = training.model
-    losses = (partial(_mean_loss, training, batch, n_tokens) for batch in batches)
+    losses = (partial(mean_loss, training, batch, n_tokens, index) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
     norm = clip_grad_norm_(model.parameters(), training.max_norm)
     training.optimizer.step()
     training.optimizer.zero_grad()
-    for module in model.modules():
-        if isinstance(module, Module):
-            module.after_step()
+    after_step(model, training.world.total_tensor)
     return StepTensors(training.world.total_tensor(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)
 
 
-def _mean_loss(training: Training, batch: MicroBatch, n_tokens: float) -> Tensor:
-    """This micro-batch's share of the mean over the global batch."""
+def mean_loss(training: Training, batch: MicroBatch, n_tokens: float, index: int) -> Tensor:
+    """This micro-batch's share of the mean over the global batch of step `index`."""
     device = training.world.device
-    tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch)
-    return training.objective(training.model, tokens, targets, documents) / n_tokens
+    tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch[:3])
+    noise = training.noise(index, batch.rows)
+    return training.objective(training.model, tokens, targets, documents, noise) / n_tokens

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from titan_lite.calibration import calibrate
 from titan_lite.checkpoint.compare import model_problems
 from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
 from titan_lite.checkpoint.folder import list_steps
@@ -72,11 +74,12 @@ class Trainer:
             set_deterministic(job.debug.deterministic_warn_only)
         seed_everything(job.debug.seed)
         device = pick_device()
-        self.precision = Precision.of(job.training, device)
+        self.precision = Precision.of(job, device)
         if device.type == "cuda":
             set_up_flight_recorder(job.comm, self.folder)
         sharded = self.precision.mixed or job.training.enable_cpu_offload
-        self.world = World.connect(job.parallelism, device, sharded, job.comm.init_timeout_seconds)
+        second_mesh = len(self.precision.masters) > 1
+        self.world = World.connect(job.parallelism, device, sharded, job.comm.init_timeout_seconds, second_mesh)
         setup_logging(self.world.rank, color=not job.metrics.disable_color_printing)
         with ExitStack() as stack:
             with agreed(self.world):
@@ -107,6 +110,8 @@ class Trainer:
         self.progress = Progress(0, 0, self._first_global_batch_size(), job.debug.seed, None)
         self.resumed_from = None if start is None else self._resume(start)
         self.accumulation = self._accumulation()
+        if start is None:
+            calibrate(self.training, self._batches, self._micro_batches)
 
     def _first_global_batch_size(self) -> int:
         training = self.job.training
@@ -274,9 +279,10 @@ class Trainer:
             self._after_step(result, int(tokens), data_seconds, time.perf_counter() - began)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        size = self.job.training.local_batch_size
-        parts = zip(batch.tokens.split(size), batch.targets.split(size), batch.documents.split(size), strict=True)
-        return [MicroBatch(*part) for part in parts]
+        size, share = self.job.training.local_batch_size, len(batch.tokens)
+        rows = torch.arange(self.world.dp_rank * share, (self.world.dp_rank + 1) * share)
+        whole = (batch.tokens, batch.targets, batch.documents, rows)
+        return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
 
     def _after_step(self, tensors: StepTensors, tokens: int, data_seconds: float, step_seconds: float) -> None:
         """Tells, validates and saves, as far as it is time for it."""

@@ -86,7 +86,10 @@ def test_the_schema_is_json_schema_and_accepts_what_is_accepted(write) -> None:
     schema = json_schema(Job)
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
-    config = tomllib.loads(to_toml(load_job(write('[model]\nname = "llama3"\nflavor = "8B"'))))
+    text = '[model]\nname = "llama3"\nflavor = "8B"\n[[model.layers]]\nat = "::2"\nattention.position.theta = 7.0'
+    assert list(validator.iter_errors(tomllib.loads(text))) == []
+    config = tomllib.loads(to_toml(load_job(write(text))))
+    assert config["model"]["layers"][0]["attention"]["n_kv_heads"] == 8
     assert list(validator.iter_errors(config)) == []  # visits every part, so that all references resolve
     assert list(validator.iter_errors({"base": "x.toml", "tokenizer": "bytes"})) == []
     for wrong in ({"training": {"stepz": 1}}, {"training": {"steps": 0}}, {"model": {"norm": "layernrm"}}):
@@ -119,6 +122,13 @@ def test_explain() -> None:
     assert "Query heads H." in text
     assert "default 8  0 < value" in explain("training.local_batch_size", Job)
     assert {line.split()[0] for line in explain("", Job).split("\n")} >= {"job", "model", "training"}
+    layers = explain("model.layers", Job)
+    assert layers.startswith("[[model.layers]]  What differs in some layers: tables merge")
+    assert "  at  int or string  required" in layers
+    assert "sequential" in layers
+    assert "default unset" in layers
+    assert 'type = "document"' in explain("model.attention.masks", Job)
+    assert 'type = "mlp"' in explain("model.layers[0].ffn", Job)
     for path in all_keys(Job):
         assert explain(".".join(path), Job)
     with pytest.raises(ConfigError, match=r"did you mean `model\.attention`"):

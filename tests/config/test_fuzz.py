@@ -16,6 +16,7 @@ from titan_lite.config.load import job_from_dict, load_job, to_toml
 from titan_lite.config.paths import key_text, put
 from titan_lite.config.schema import all_keys
 from titan_lite.job import Job
+from titan_lite.models.layers import SLOTS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -46,6 +47,19 @@ values = st.recursive(
 )
 
 
+layers = st.lists(
+    st.dictionaries(st.sampled_from([*SLOTS, "at", "at", "x"]), values | st.sampled_from(["0", "::2", "1,-1", "-9"]))
+    | st.builds(
+        lambda at, slot, key, value: {"at": at, slot: {key: value}},
+        st.sampled_from([0, -1, "::2", ":", "0,1", "7"]),
+        st.sampled_from(SLOTS),
+        st.sampled_from(sorted({key[2] for key in KEYS if len(key) > 2 and key[1] in SLOTS})),
+        values,
+    ),
+    max_size=4,
+)
+
+
 def refused_or_loaded(load: Callable[[], Job]) -> None:
     try:
         job = load()
@@ -67,6 +81,12 @@ def test_any_value_at_any_key(settings_: list[tuple[Any, Any]], world_size: int 
         with contextlib.suppress(KeyError):
             put(tables, path, value)
     refused_or_loaded(lambda: job_from_dict(tables, world_size))
+
+
+@QUICK
+@given(layers, st.sampled_from([{}, {"n_layers": 2}, {"ffn": "mlp", "attention": {"position": "none"}, "norm": 3}]))
+def test_any_layers(entries: list[Any], model: dict[str, Any]) -> None:
+    refused_or_loaded(lambda: job_from_dict({"model": {**model, "layers": entries}}))
 
 
 @QUICK

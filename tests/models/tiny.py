@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from titan_lite.models.init import initialize
+from titan_lite.models.module import after_step
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 
@@ -26,5 +27,6 @@ def tiny_model(seed: int = 0, **changes: Any) -> Transformer:
     """An initialised model of `tiny_config`, in eval mode."""
     config = tiny_config(**changes)
     model = config.build(vocab_size=VOCAB)
-    initialize(model, collect_specs(model), config.init.build(n_layers=config.n_layers), seed)
+    initialize(model, collect_specs(model), config.init.build(dim=config.dim, n_layers=config.n_layers), seed)
+    after_step(model, total=lambda tensor: tensor)
     return model.eval()

@@ -39,7 +39,7 @@ def validated(folder: Path) -> tuple[float, float, int]:
     """Loss, bits per byte and tokens of the initial model in this process's world."""
     job = tiny_job(**sections(folder))
     world = World.connect(job.parallelism, CPU, sharded=dist.is_initialized(), timeout_seconds=60)
-    training = build(job, world, Precision.of(job.training, CPU), 256)
+    training = build(job, world, Precision.of(job, CPU), 256)
     tokenizer = job.tokenizer.build()
     batches = validation_batches(job.data, job.validation, tokenizer, dp_rank=world.rank, dp_size=world.size)
     result = validate(training, batches, tokenizer.token_bytes, 0, StopFlag())
@@ -50,7 +50,7 @@ def validated(folder: Path) -> tuple[float, float, int]:
 def test_loss_and_bits_per_byte_by_definition_on_one_and_two_ranks(tmp_path: Path, pool2):
     job = tiny_job(**sections(tmp_path))
     world = World(0, 1, CPU)
-    model = build(job, world, Precision.of(job.training, CPU), 256).model.eval()
+    model = build(job, world, Precision.of(job, CPU), 256).model.eval()
     tokenizer = job.tokenizer.build()
     nats, tokens, text = 0.0, 0, b""
     for batch in validation_batches(job.data, job.validation, tokenizer, dp_rank=0, dp_size=1):

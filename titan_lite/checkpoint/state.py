@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from titan_lite.models.spec import named_state
+
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter as `model.<name>`, tied ones once."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    """Every parameter and buffer as `model.<name>`, tied ones once."""
+    return {f"model.{name}": tensor.detach() for name, tensor in named_state(model)}
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -16,7 +18,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     return {
         f"optim.{name}.{slot}": value
         for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state[parameter].items()
+        for slot, value in optimizer.state.get(parameter, {}).items()  # a frozen one has none
     }
 
 

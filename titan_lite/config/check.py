@@ -27,16 +27,26 @@ def tables_of(value: Any, path: Path = ()) -> Iterator[tuple[Path, ConfigBase]]:
 
 def cross_problems(job: Job, world_size: int | None) -> Iterator[Problem]:
     """What all tables report, with full keys."""
-    for path, table in tables_of(job):
-        for problem in table.problems(job, world_size):
-            yield replace(problem, key=_full(path, problem.key))
+    yield from problems_below(job, (), job, world_size)
 
 
 def notices(job: Job, world_size: int | None) -> Iterator[str]:
     """The warning lines of all tables, with full keys."""
-    for path, table in tables_of(job):
-        for line in table.notices(job, world_size):
-            yield _full(path, line)
+    yield from notices_below(job, (), job, world_size)
+
+
+def problems_below(table: ConfigBase, path: Path, job: Job, world_size: int | None) -> Iterator[Problem]:
+    """What a table of the job and those inside it report, with the keys of a table at `path`."""
+    for place, below in tables_of(table, path):
+        for problem in below.problems(job, world_size):
+            yield replace(problem, key=_full(place, problem.key))
+
+
+def notices_below(table: ConfigBase, path: Path, job: Job, world_size: int | None) -> Iterator[str]:
+    """The warning lines of a table of the job and of those inside it, with the keys of a table at `path`."""
+    for place, below in tables_of(table, path):
+        for line in below.notices(job, world_size):
+            yield _full(place, line)
 
 
 def _full(path: Path, key: str) -> str:

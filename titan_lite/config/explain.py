@@ -11,7 +11,18 @@ from pydantic_core import PydanticUndefined
 from titan_lite.config.component import ConfigBase, SlotConfig
 from titan_lite.config.errors import UNKNOWN_KEY, ConfigError
 from titan_lite.config.paths import key_text, parse_key
-from titan_lite.config.schema import Table, all_keys, describe, field_at, is_slot, nearest, range_of, table_of
+from titan_lite.config.schema import (
+    Table,
+    all_keys,
+    describe,
+    field_at,
+    is_list,
+    is_slot,
+    item_of,
+    nearest,
+    range_of,
+    table_of,
+)
 from titan_lite.config.toml import value_text
 
 
@@ -34,10 +45,12 @@ def explain(key: str, root: Table) -> str:
     if field is None:
         known = dict.fromkeys(key_text(path) for path in all_keys(root))
         raise ConfigError.at(key, "unknown key", nearest=nearest(key, known), code=UNKNOWN_KEY)
-    table = table_of(field.annotation)
+    many = is_list(field.annotation)
+    table = table_of(item_of(field.annotation) if many else field.annotation)
     if table is None:
         return "\n".join(_field(key, field, ""))
-    return "\n".join([f"[{key}]  {' '.join((field.description or '').split())}", *_table(table)])
+    head = f"[[{key}]]" if many else f"[{key}]"
+    return "\n".join([f"{head}  {' '.join((field.description or '').split())}", *_table(table)])
 
 
 def _table(table: Table) -> Iterator[str]:
@@ -68,7 +81,8 @@ def _field(name: str, field: FieldInfo, indent: str) -> Iterator[str]:
         parts += [_default(field), range_of(field)]
     elif is_slot(below) and issubclass(below, SlotConfig):
         parts[1] = f"table, or type: {', '.join(below.choices)}"
-        parts.append(f"default {below.default_type}" if below.default_type else "required")
+        default = "unset" if field.default is None else below.default_type
+        parts.append(f"default {default}" if default and not field.is_required() else "required")
     yield "  ".join(part for part in parts if part)
     if field.description:
         yield f"{indent}    {' '.join(field.description.split())}"

@@ -41,6 +41,9 @@ from titan_lite.job import Job
 
 _OF_THIS_MACHINE: Final = (FILE_MISSING, NOT_HERE)
 """Codes of problems that another machine may not have."""
+_LAYERS: Final = ("model", "layers")
+_ATTEMPTS: Final = 5
+"""Validations of one config: checks between keys run only once the keys themselves are right, or gone."""
 
 
 def load_job(
@@ -133,18 +136,22 @@ class _Loading:
             return []
 
     def _validate(self, tables: dict[str, Any]) -> Job | None:
-        """The Job. Where keys are wrong, one without them, so that the checks between fields can run all the same."""
-        for attempt in (tables, copy.deepcopy(tables)):
-            for place in self.broken if attempt is not tables else ():
-                _remove(attempt, place)
+        """The Job. Where keys are wrong, one without them, so that all other checks can run all the same."""
+        attempt = tables
+        for _ in range(_ATTEMPTS):
             try:
                 return Job.model_validate(attempt)
             except ValidationError as error:
-                if attempt is not tables:
-                    return None
                 found = problems_of(error, Job, tables)
-                self.problems += [problem for _, problem in found]
-                self.broken += [place for place, _ in found]
+            fresh = [(place, problem) for place, problem in found if place not in self.broken]
+            if attempt is not tables:
+                fresh = [(place, problem) for place, problem in fresh if self._believable(problem)]
+            self.problems += [problem for _, problem in fresh]
+            self.broken += [place for place, _ in fresh]
+            removed = self.broken if attempt is tables else [place for place, _ in found]
+            attempt = copy.deepcopy(attempt)
+            for place in removed:
+                _remove(attempt, place)
         return None
 
     def _believable(self, problem: Problem) -> bool:
@@ -167,6 +174,12 @@ def _remove(tables: dict[str, Any], place: Path) -> None:
             table = get(tables, tuple(around))
         except KeyError:
             return
+        if tuple(around) == _LAYERS and isinstance(table, list) and isinstance(last, int):
+            table[last] = {"at": 0}  # says nothing, and the others keep their places
+            return
+        if place[:-2] == _LAYERS and last == "at":
+            place = tuple(around)
+            continue
         if isinstance(table, dict) and last in table:
             del table[last]
             return

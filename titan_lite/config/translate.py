@@ -43,6 +43,7 @@ _OUT_OF_RANGE = frozenset(
 
 def problems_of(error: ValidationError, root: Table, tables: Mapping[str, Any]) -> list[tuple[Path, Problem]]:
     """(place, problem) of everything pydantic found, one per place. A list with a wrong item is not also too short."""
+    tables = _with_types(tables)
     found: dict[Path, Problem] = {}
     for details in error.errors(include_url=False):
         path = _place(details, tables)
@@ -50,6 +51,26 @@ def problems_of(error: ValidationError, root: Table, tables: Mapping[str, Any]) 
             found[path] = _problem(details, path, root, tables)
     wrong_items = {path[:-1] for path in found if path and isinstance(path[-1], int)}
     return [(path, problem) for path, problem in found.items() if path not in wrong_items]
+
+
+def _with_types(tables: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The tables with each `type` that an entry of model.layers leaves to the model-wide table."""
+    model = tables.get("model")
+    entries = model.get("layers") if isinstance(model, Mapping) else None
+    if not isinstance(model, Mapping) or not isinstance(entries, list):
+        return tables
+    return {**tables, "model": {**model, "layers": [_typed(entry, model) for entry in entries]}}
+
+
+def _typed(upper: Any, lower: Any) -> Any:
+    lower = {"type": lower} if isinstance(lower, str) else lower
+    if not (isinstance(upper, Mapping) and isinstance(lower, Mapping)):
+        return upper
+    type_ = lower.get("type")
+    if upper.get("type", type_) != type_:
+        return upper
+    inner = {key: _typed(value, lower.get(key)) for key, value in upper.items()}
+    return inner if type_ is None else {"type": type_, **inner}
 
 
 def _place(details: ErrorDetails, tables: Any) -> Path:
@@ -78,6 +99,8 @@ def _problem(details: ErrorDetails, path: Path, root: Table, tables: Mapping[str
         return Problem(KEY_MISSING, key, "must be set")
     if kind == "slot_type":
         return _unknown_type(key, value, context)
+    if kind == "refused":
+        return Problem(NOT_ALLOWED, key, context["problem"], value, context["allowed"])
     field = field_at(root, path, tables)
     annotation = _annotation(root, path, tables)
     if kind == "literal_error":

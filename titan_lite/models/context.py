@@ -54,9 +54,9 @@ class Context(NamedTuple):
     prepared: dict[str, Any]
     """What position encodings and attention kernels compute once per forward, by the key they chose."""
     carry: dict[str, Tensor]
-    """What a layer leaves for the later layers of this forward, by the name of the feature."""
+    """What earlier layers of this forward left, by the name of the feature. A layer may add to it: see `Block`."""
 
-    def layer(self, index: int) -> Context:
-        """The context of executed layer `index`."""
+    def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
+        """The context of executed layer `index`, given what those before it left."""
         noise = None if self.noise is None else self.noise.layer(index)
-        return self._replace(memory=self.memory.layer(index), noise=noise)
+        return self._replace(memory=self.memory.layer(index), noise=noise, carry=carry)

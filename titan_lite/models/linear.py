@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from titan_lite.config.component import Component, SlotConfig
+from titan_lite.config.component import SlotConfig
+from titan_lite.models.module import Module, Total
 from titan_lite.models.spec import Role, Spec, Start
 
 
-class Linear(Component):
+class Linear(Module):
     """(..., d_in) -> (..., d_out). Built as `linear.build(d_in, d_out, role=, start=, bias=)`."""
 
     class Config(SlotConfig):
@@ -19,13 +21,19 @@ class Linear(Component):
 
 
 class DefaultLinear(nn.Linear, Linear):
-    """y = x W^T, plus a bias b where the module that builds it asks for one."""
+    """y = x W^T, plus a bias b where the module that builds it asks for one. Source: torch.nn.Linear."""
 
     class Config(Linear.Config):
         type: Literal["default"] = "default"
 
     def __init__(
-        self, config: Config, d_in: int, d_out: int, role: Role = "hidden", start: Start = "weight", bias: bool = False
+        self,
+        config: Linear.Config,
+        d_in: int,
+        d_out: int,
+        role: Role = "hidden",
+        start: Start = "weight",
+        bias: bool = False,
     ):
         super().__init__(d_in, d_out, bias=bias)
         self.spec = Spec(role, d_in, d_out, start)
@@ -35,3 +43,33 @@ class DefaultLinear(nn.Linear, Linear):
 
     def param_specs(self) -> dict[str, Spec]:
         return {"weight": self.spec} | ({} if self.bias is None else {"bias": Spec("bias", 1, self.out_features, 0.0)})
+
+
+class UnitLinear(DefaultLinear):
+    """y = x W^T in which every vector of model width in W has length 1, restored after each optimizer step.
+
+    Those are the rows of a matrix that reads the residual stream, and the columns of one that writes into it.
+    Source: arXiv 2410.01131, section 2.6 (nGPT).
+    """
+
+    class Config(Linear.Config):
+        type: Literal["unit"] = "unit"
+
+    def after_step(self, total: Total) -> None:
+        to_unit_length(self.weight, dim=0 if self.spec.start == "residual" else 1)
+
+
+def to_unit_length(weight: Tensor, dim: int) -> None:
+    """Divides the vectors along `dim` of a matrix by their lengths, in place; exact for a DTensor in any layout.
+
+    Lengths are computed in float32. A vector of zeros stays one.
+    """
+    # Half a second to import, and checking a config reads this file too.
+    from torch.distributed.tensor import DTensor, Replicate
+
+    length = torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32)
+    if isinstance(weight, DTensor) and isinstance(length, DTensor):
+        # Vectors cut by the layout have partial lengths, summed up here; the others are whole where they are.
+        whole = [Replicate() if place.is_partial() else place for place in length.placements]
+        weight, length = weight.to_local(), length.redistribute(placements=whole).to_local()
+    weight.div_(length.clamp(min=1e-12))

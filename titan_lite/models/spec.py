@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
 
 Role = Literal["embed", "hidden", "head", "norm", "bias", "scalar", "expert", "router"]
 Start = Literal["weight", "residual"] | float
@@ -22,15 +27,35 @@ class Spec:
     start: Start = "weight"
     """`weight`: the init slot's distribution; `residual`: that of a matrix which writes into the residual stream;
     a number: every element."""
+    used: float = 1.0
+    """Fraction of the tokens that pass through it: experts serve only those that chose them."""
 
 
 def collect_specs(model: nn.Module) -> dict[str, Spec]:
-    """One walk over the modules that yields {full parameter name: Spec}, covering every parameter exactly once."""
+    """One walk over the modules: {full name: Spec}, covering every parameter and every buffer exactly once."""
     specs: dict[str, Spec] = {}
     for path, module in model.named_modules():
         own: dict[str, Spec] = getattr(module, "param_specs", dict)()
         for name, spec in own.items():
             specs[f"{path}.{name}" if path else name] = spec
-    names = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in named_state(model)}
     assert specs.keys() == names, f"parameters and specs differ: {sorted(specs.keys() ^ names)}"
     return specs
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters and buffers by their full names: all that init fills and a checkpoint holds, tied ones once."""
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def specs_of(config: Transformer.Config) -> dict[str, Spec] | None:
+    """The specs of the model that a config describes; None where it cannot be built, which other checks report.
+
+    For checks of a config: builds the model without storage, about half a millisecond a layer.
+    """
+    try:
+        with torch.device("meta"):
+            return collect_specs(config.build(vocab_size=config.vocab_size or 64))
+    except Exception:
+        return None

@@ -29,7 +29,7 @@ class Stack(Module):
 
 
 class PlainStack(Stack):
-    """Each block once, in order."""
+    """Each block once, in order. Source: arXiv 1706.03762, section 3.1."""
 
     class Config(Stack.Config):
         type: Literal["plain"] = "plain"
@@ -42,6 +42,7 @@ class PlainStack(Stack):
         return iter(cast("list[Block]", list(self.blocks.values())))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        carry = context.carry
         for i, block in enumerate(self.schedule()):
-            x = block(x, context.layer(i))
+            x, carry = block(x, context.layer(i, carry))
         return x

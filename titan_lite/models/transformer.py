@@ -6,12 +6,14 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializationInfo, field_serializer, model_validator
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem
 from titan_lite.config.fields import Strings
+from titan_lite.models import combinations
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
 from titan_lite.models.context import Context, Memory, NoMemory
@@ -21,9 +23,12 @@ from titan_lite.models.ffn import FFN, GLU
 from titan_lite.models.head import Head, LMHead
 from titan_lite.models.head.lm import Consume, all_logits
 from titan_lite.models.init import Init, TruncatedNormal
+from titan_lite.models.init.rules import init_problems
+from titan_lite.models.layers import LayerOverride, layer_notices, layer_problems, resolved_layers, variants
 from titan_lite.models.linear import DefaultLinear, Linear
 from titan_lite.models.module import Module
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
+from titan_lite.models.param_dtype import ParamDtype
 from titan_lite.models.residual import PreNorm, Residual
 from titan_lite.models.stack import PlainStack, Stack
 
@@ -47,7 +52,7 @@ class Transformer(Module):
         """Print the model after the converters ran."""
         dim: Annotated[int, Field(gt=0)] = 256
         """Model width D."""
-        n_layers: Annotated[int, Field(gt=0)] = 4
+        n_layers: Annotated[int, Field(gt=0, le=100_000)] = 4
         """Executed layers L."""
         vocab_size: Annotated[int, Field(ge=0)] = 0
         """Rows of the embedding V; 0 = the tokenizer's, rounded up."""
@@ -69,10 +74,15 @@ class Transformer(Module):
         """The branch that works on each token."""
         linear: Linear.Config = DefaultLinear.Config()
         """Every matrix."""
+        layers: Annotated[tuple[LayerOverride, ...], Field(strict=False)] = ()
+        """What differs in some layers: tables merge over the model-wide ones and those of earlier entries for the same
+        layer, arrays replace, and another `type` replaces its table."""
         head: Head.Config = LMHead.Config()
         """From hidden states to logits."""
         init: Init.Config = TruncatedNormal.Config()
         """Distribution of the initial weights."""
+        param_dtype: ParamDtype = ParamDtype()
+        """Types in which parameters are stored, where it is not training.dtype."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if self.flavor and not self.name:
@@ -81,33 +91,54 @@ class Transformer(Module):
                 )
             if 0 < self.vocab_size < job.tokenizer.known_vocab_size:
                 yield _too_small(self.vocab_size, job.tokenizer.known_vocab_size)
+            yield from layer_problems(self, job, world_size)
+            yield from combinations.problems(job)
+            yield from init_problems(job)
+
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            yield from layer_notices(self, job, world_size)
+            yield from combinations.notices(job)
+
+        @model_validator(mode="after")
+        def _layers_are_right(self) -> Self:
+            variants(self)
+            return self
+
+        @field_serializer("layers")
+        def _what_layers_are(self, _: Any, info: SerializationInfo) -> list[dict[str, Any]]:
+            """Whole tables, so that a resolved config does not depend on defaults or on how it was written."""
+            return resolved_layers(self, info.mode)
 
         def identity(self) -> dict[str, Any]:
             """What trained weights depend on, as JSON: all but names, how they began and how they are computed."""
             tables = self.model_dump(mode="json")
-            for key in ("name", "flavor", "hf_assets_path", "converters", "print_after_conversion", "init"):
+            names = ("name", "flavor", "hf_assets_path")
+            for key in (*names, "converters", "print_after_conversion", "init", "param_dtype"):
                 del tables[key]
             tables["attention"].pop("kernel", None)
+            tables["embedding"].pop("warm_start", None)
+            tables["layers"] = resolved_layers(self, "json", without=("kernel",))
             return tables
 
-        def layers(self) -> list[Layer]:
-            """The choices of each block."""
-            layer = Layer(self.block, self.attention, self.ffn, self.residual, self.norm, self.linear, self.n_layers)
-            return [layer] * self.n_layers
+        def each_layer(self) -> list[Layer]:
+            """The choices of each executed layer, in order."""
+            by_number = {number: v.layer for v in variants(self) for number in v.numbers}
+            return [by_number[number] for number in range(self.n_layers)]
 
         def last_norm(self) -> Norm.Config:
             """The norm before the head."""
             if self.final_norm is not None:
                 return self.final_norm
-            return NoNorm.Config() if self.layers()[-1].residual.normalises_stream else self.norm
+            return NoNorm.Config() if self.each_layer()[-1].residual.normalises_stream else self.norm
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
         self.vocab_size = vocab_size
-        self.embedding = config.embedding.build(vocab_size=vocab_size, dim=config.dim)
-        self.stack = config.stack.build(dim=config.dim, layers=config.layers())
+        self.embedding = config.embedding.build(vocab_size=vocab_size, dim=config.dim, linear=config.linear)
+        self.stack = config.stack.build(dim=config.dim, layers=config.each_layer())
         self.norm = config.last_norm().build(dim=config.dim)
-        self.head = config.head.build(dim=config.dim, vocab_size=vocab_size, linear=config.linear)
+        sizes = {"dim": config.dim, "vocab_size": vocab_size, "linear": config.linear}
+        self.head = config.head.build(**sizes, embedding=self.embedding)
         self.tied = config.head.tied
         # A plain dict: these modules are registered where they belong, in their attentions.
         self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}

@@ -10,88 +10,110 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from titan_lite.data.batch import IGNORE
+from titan_lite.models.head.output import Link, LogitFunction, Output, through
+from titan_lite.objectives.token_loss import TokenLoss, WithZLoss
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A function to a function that computes the same, such as torch.compile."""
 
 
-def summed_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sum over tokens of -log softmax(logits)[target], computed in float32; targets of -100 count nothing."""
-    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE)
-
-
-def summed_cross_entropy_and_gradient(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The same sum and its gradient softmax(logits) - onehot(target), in float32 (N, V).
-
-    Overwrites float32 logits with the gradient, so that no second tensor of their size exists.
-    """
-    x = logits.float()
-    counted = (targets != IGNORE)[:, None]  # (N, 1)
-    target = targets[:, None].clamp(min=0)
-    picked = x.gather(1, target)
-    peak = x.amax(dim=1, keepdim=True)
-    x = x.sub_(peak).exp_()
-    total = x.sum(dim=1, keepdim=True)
-    loss = (total.log() + peak - picked).masked_fill(~counted, 0.0).sum()
-    gradient = x.div_(total).scatter_add_(1, target, torch.full_like(picked, -1.0))
-    return loss, gradient.mul_(counted)
-
-
 class CrossEntropy:
-    """Hidden states (B, T, D), output matrix (V, D) and targets (B, T) -> the summed loss.
+    """Hidden states (B, T, D), how logits come from them, and targets (B, T) -> the summed loss.
 
     With `chunk_tokens` > 0 logits exist for that many tokens at a time: see `_ChunkedLoss`.
     """
 
-    def __init__(self, chunk_tokens: int, wrap: Wrap = lambda function: function):
-        """`wrap` is applied to the functions of logits, to compile them."""
+    def __init__(self, chunk_tokens: int, wrap: Wrap = lambda function: function, z_loss: float = 0.0):
+        """`wrap` is applied to the functions of x W^T, to compile them; `z_loss` is the coefficient of that term."""
         self.chunk_tokens = chunk_tokens
-        self.loss = wrap(summed_cross_entropy)
-        self.loss_and_gradient = wrap(summed_cross_entropy_and_gradient)
+        self.token_loss = WithZLoss(z_loss) if z_loss else TokenLoss()
+        self.loss = wrap(self._loss)
+        self.loss_and_gradients = wrap(self._loss_and_gradients)
 
-    def __call__(self, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, output: Output, targets: Tensor) -> Tensor:
         x, targets = x.flatten(0, 1), targets.flatten()  # (N, D), (N,)
+        weight, links = output
         if 0 < self.chunk_tokens < x.shape[0]:
-            return _ChunkedLoss.apply(x, weight, targets, self)
-        return self.loss(F.linear(x, weight), targets)
+            functions, parameters = [link.function for link in links], [link.parameter for link in links]
+            # Inside the function gradients are always off, and inputs that require them say so all the same.
+            return _ChunkedLoss.apply(self, torch.is_grad_enabled(), functions, targets, x, weight, *parameters)
+        return self.loss(F.linear(x, weight), targets, links)
+
+    def _loss(self, u: Tensor, targets: Tensor, links: tuple[Link, ...]) -> Tensor:
+        """The sum for u = x W^T (N, V), differentiable."""
+        return self.token_loss(through(links, u), targets)
+
+    def _loss_and_gradients(
+        self, u: Tensor, targets: Tensor, links: tuple[Link, ...]
+    ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """The sum and its gradients for u, in float32 (N, V), and for each link's parameter. Overwrites a float32 u."""
+        inputs = []
+        for function, parameter in links:
+            inputs.append(u.float())
+            u = function(inputs[-1], parameter)
+        loss, grad = self.token_loss.with_gradient_(u, targets)
+        of_parameters: list[Tensor | None] = []
+        for function, parameter in reversed(links):
+            grad, of_parameter = function.backward_(grad, inputs.pop(), parameter)
+            of_parameters.insert(0, of_parameter)
+        return loss, grad, of_parameters
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The summed loss of x W^T, one chunk of tokens after the other.
+    """The summed loss of links(x W^T), one chunk of tokens after the other.
 
-    Each chunk's logit gradient is taken in forward and turned at once into its share of those of x and W, so that
-    only one chunk's logits ever exist and nothing is computed twice; backward only scales.
+    Each chunk's logit gradient is taken in forward and turned at once into its share of those of x, W and the links'
+    parameters, so that only one chunk's logits ever exist and nothing is computed twice; backward only scales.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, cross_entropy: CrossEntropy) -> Tensor:
-        needs_grad = any(ctx.needs_input_grad[:2])
-        x_grad = torch.empty_like(x) if needs_grad else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_grad else None
+    def forward(
+        ctx: Any,
+        cross_entropy: CrossEntropy,
+        grad_enabled: bool,
+        functions: list[LogitFunction],
+        targets: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        *parameters: Tensor | None,
+    ) -> Tensor:
+        links = tuple(map(Link, functions, parameters))
+        needs_grad = [grad_enabled and needed for needed in ctx.needs_input_grad[4:]]
+        x_grad = torch.empty_like(x) if any(needs_grad) else None
+        weight_grad, *parameter_grads = map(_zeros_for, (weight, *parameters), needs_grad[1:])
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], cross_entropy.chunk_tokens):
             rows = slice(start, start + cross_entropy.chunk_tokens)
-            logits = F.linear(x[rows], weight)
-            if x_grad is None or weight_grad is None:
-                total += cross_entropy.loss(logits, targets[rows])
+            u = F.linear(x[rows], weight)
+            if x_grad is None:
+                total += cross_entropy.loss(u, targets[rows], links)
                 continue
-            loss, logits_grad = cross_entropy.loss_and_gradient(logits, targets[rows])
+            loss, u_grad, of_parameters = cross_entropy.loss_and_gradients(u, targets[rows], links)
             total += loss
-            logits_grad = logits_grad.to(weight.dtype)
-            torch.mm(logits_grad, weight, out=x_grad[rows])
-            add_product_(weight_grad, logits_grad.t(), x[rows])
-            del logits, logits_grad  # before the next chunk's exist
-        ctx.save_for_backward(x_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+            for parameter_grad, of_parameter in zip(parameter_grads, of_parameters, strict=True):
+                if parameter_grad is not None:
+                    parameter_grad += of_parameter
+            u_grad = u_grad.to(weight.dtype)
+            torch.mm(u_grad, weight, out=x_grad[rows])
+            if weight_grad is not None:
+                add_product_(weight_grad, u_grad.t(), x[rows])
+            del u, u_grad  # before the next chunk's exist
+        ctx.save_for_backward(x_grad, weight_grad, *parameter_grads)
+        ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (weight, *parameters)]
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x_grad, weight_grad = ctx.saved_tensors
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x_grad, *others = ctx.saved_tensors
         # The factor stays in float32: rounded to bfloat16 it would put the same error on every gradient.
-        return x_grad.mul_(grad), weight_grad.mul_(grad).to(ctx.weight_dtype), None, None
+        scaled = (None if g is None else g.mul_(grad).to(dtype) for g, dtype in zip(others, ctx.dtypes, strict=True))
+        return None, None, None, None, x_grad.mul_(grad), *scaled
+
+
+def _zeros_for(tensor: Tensor | None, needs_grad: bool) -> Tensor | None:
+    """float32 zeros in which the tensor's gradient is added up; None where it has none."""
+    return torch.zeros_like(tensor, dtype=torch.float32) if needs_grad and tensor is not None else None
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:

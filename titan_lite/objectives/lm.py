@@ -6,15 +6,18 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from titan_lite.models.dropout import Noise
 from titan_lite.objectives.cross_entropy import CrossEntropy
 
 
 class LanguageModeling:
-    """The summed cross entropy of a micro-batch's targets."""
+    """The summed loss of a micro-batch's targets."""
 
     def __init__(self, cross_entropy: CrossEntropy):
         self.cross_entropy = cross_entropy
 
-    def __call__(self, model: nn.Module, tokens: Tensor, targets: Tensor, documents: Tensor) -> Tensor:
-        """tokens, targets, documents (B, T) -> scalar sum over the targets that are not -100."""
-        return model(tokens, documents, consume=partial(self.cross_entropy, targets=targets))
+    def __call__(
+        self, model: nn.Module, tokens: Tensor, targets: Tensor, documents: Tensor, noise: Noise | None = None
+    ) -> Tensor:
+        """tokens, targets, documents (B, T) -> scalar sum over the targets that are not -100; `noise` for dropout."""
+        return model(tokens, documents, noise=noise, consume=partial(self.cross_entropy, targets=targets))

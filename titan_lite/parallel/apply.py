@@ -24,6 +24,7 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward
-        mesh = sharding_mesh(world.mesh)
-        apply_fsdp(model, mesh, precision.param, precision.reduce, reshard, offload)
+        existing = [sharding_mesh(mesh) for mesh in (world.mesh, world.second_mesh) if mesh is not None]
+        meshes = dict(zip(precision.masters, existing, strict=True))
+        apply_fsdp(model, meshes, precision.param, precision.reduce, reshard, offload)
     model.to_empty(device=torch.device("cpu") if offload else world.device)

@@ -44,12 +44,21 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: tim
     )
 
 
-def data_parallel_mesh(parallelism: Parallelism, world_size: int, device_type: str) -> DeviceMesh:
-    """Axes dp_replicate x dp_shard over all ranks; the process group must exist."""
+def data_parallel_mesh(
+    parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False
+) -> DeviceMesh:
+    """Axes dp_replicate x dp_shard over all ranks; the process group must exist.
+
+    `own_groups`: with process groups that no other mesh has, not even for an axis over all ranks.
+    """
     degree = parallelism.data_parallel_degree(world_size)
     assert degree is not None, "the config check lets no other degrees through"
     replicate = parallelism.data_parallel_replicate_degree
-    return init_device_mesh(device_type, (replicate, degree // replicate), mesh_dim_names=("dp_replicate", "dp_shard"))
+    axes = ("dp_replicate", "dp_shard")
+    backend = "nccl" if device_type == "cuda" else "gloo"
+    override: Any = dict.fromkeys(axes, backend) if own_groups else None
+    shape = (replicate, degree // replicate)
+    return init_device_mesh(device_type, shape, mesh_dim_names=axes, backend_override=override)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -72,11 +81,20 @@ class World:
     """gloo, for small host-side agreements."""
     save_group: dist.ProcessGroup | None = None
     """gloo, for checkpoints written in the background."""
+    second_mesh: DeviceMesh | None = None
+    """Equal to `mesh`, with process groups of its own: where FSDP puts parameters of a second dtype."""
     joined: bool = False
     """Whether `connect` made the process group, and `close` is to leave it."""
 
     @classmethod
-    def connect(cls, parallelism: Parallelism, device: torch.device, sharded: bool, timeout_seconds: int) -> World:
+    def connect(
+        cls,
+        parallelism: Parallelism,
+        device: torch.device,
+        sharded: bool,
+        timeout_seconds: int,
+        second_mesh: bool = False,
+    ) -> World:
         """Joins the process group that the environment describes (`RANK`, `WORLD_SIZE`, ...; one process without them).
 
         `sharded` asks for a mesh even where one process is alone, because FSDP also does the mixed precision.
@@ -90,14 +108,16 @@ class World:
         mesh = data_parallel_mesh(parallelism, dist.get_world_size(), device.type)
         host_group = dist.new_group(backend="gloo")
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
-        world = cls(dist.get_rank(), dist.get_world_size(), device, mesh, host_group, save_group, joined)
+        size = dist.get_world_size()
+        second = data_parallel_mesh(parallelism, size, device.type, own_groups=True) if second_mesh else None
+        world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, joined)
         world.set_timeout(timeout_seconds)
         return world
 
     def set_timeout(self, seconds: int) -> None:
         """How long a collective of the training loop may take from now on."""
-        of_the_mesh = self.mesh.get_all_groups() if self.mesh is not None else []
-        for group in (dist.group.WORLD, self.host_group, *of_the_mesh):
+        of_meshes = [group for mesh in (self.mesh, self.second_mesh) if mesh for group in mesh.get_all_groups()]
+        for group in (dist.group.WORLD, self.host_group, *of_meshes):
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import torch
 from pydantic import Field
 
 from titan_lite.config.component import ConfigBase
@@ -23,15 +21,11 @@ from titan_lite.config.fields import (
     Seed,
     Strings,
 )
+from titan_lite.config.machine import has_cuda, is_installed
 from titan_lite.data.source import Source
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
-
-
-def _has_cuda() -> bool:
-    """Whether a run on this machine would use CUDA. Asks the driver without starting it: workers may yet be forked."""
-    return torch.cuda.device_count() > 0
 
 
 class JobInfo(ConfigBase):
@@ -84,7 +78,7 @@ class DataLoaderConfig(ConfigBase):
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.persistent_workers and self.num_workers:
             yield ".persistent_workers has no effect: the stream has no epochs, its workers live as long as it is read"
-        if self.pin_memory and not _has_cuda():
+        if self.pin_memory and not has_cuda():
             yield ".pin_memory has no effect: there is no CUDA device on this machine"
 
 
@@ -118,6 +112,10 @@ class Training(ConfigBase):
     """Type in which gradients are reduced over ranks."""
     loss_chunk_tokens: Count = 256
     """Tokens per chunk of the chunked cross entropy; 0 = dense logits."""
+    z_loss: NonNegativeFloat = 0.0
+    """Coefficient c of c * logsumexp(logits)^2, added to each target's cross entropy (arXiv 2204.02311; often 1e-4).
+    The `loss` in logs and metrics is the sum of the two, which is what is minimised; validation is cross entropy alone.
+    """
     gc_freq: PositiveInt = 50
     """Steps between Python garbage collections, which run on all ranks at the same step."""
     gc_debug: bool = False
@@ -146,14 +144,8 @@ class Training(ConfigBase):
             )
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        if self.enable_cpu_offload and not _has_cuda():
+        if self.enable_cpu_offload and not has_cuda():
             yield "training.enable_cpu_offload has no effect: there is no CUDA device on this machine"
-
-
-def _is_installed(package: str) -> bool:
-    """Whether there is such a package; a mere folder of that name, such as wandb leaves behind, is none."""
-    spec = importlib.util.find_spec(package)
-    return spec is not None and spec.origin is not None
 
 
 class Metrics(ConfigBase):
@@ -173,7 +165,7 @@ class Metrics(ConfigBase):
     """Log to Weights & Biases (extra `wandb`)."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-        if self.enable_wandb and not _is_installed("wandb"):
+        if self.enable_wandb and not is_installed("wandb"):
             why = "Weights & Biases is not installed: pip install 'titan_lite[wandb]'"
             yield Problem(NOT_HERE, ".enable_wandb", why, True, "false without the extra `wandb`")
 
@@ -205,7 +197,7 @@ class Profiling(ConfigBase):
         if self.enable_profiling and self.profile_freq < needed:
             why = f"is shorter than one trace: profiler_warmup + profiler_active = {needed} steps"
             yield Problem(CROSS_FIELD, ".profile_freq", why, self.profile_freq, f"at least {needed}")
-        if self.enable_memory_snapshot and not _has_cuda():
+        if self.enable_memory_snapshot and not has_cuda():
             why = "only CUDA's allocator records its history, and there is no CUDA device on this machine"
             yield Problem(NOT_HERE, ".enable_memory_snapshot", why, True, "false")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from titan_lite.config.errors import ConfigError
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.generation import Sampling, generate
 from titan_lite.parallel.fsdp import evaluating
@@ -36,7 +37,7 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
             )
             try:
                 text = prompt + tokenizer.decode(list(tokens))
-            except FloatingPointError as error:
+            except (FloatingPointError, ConfigError) as error:
                 logger.error("No sample: %s", error)
                 return
         # A model may write escape sequences, which are not for the terminal to follow.

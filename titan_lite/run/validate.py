@@ -30,8 +30,9 @@ def validate(
         for batch in batches:
             if world.total(bool(stop))[0]:
                 return None
-            parts = (part.to(world.device) for part in (batch.tokens, batch.targets, batch.documents))
-            loss += training.objective(training.model, *parts)
+            device = world.device
+            parts = (batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device))
+            loss += training.validation_objective(training.model, *parts)
             targets = batch.targets[batch.targets != IGNORE]
             tokens += targets.numel()
             text_bytes += int(token_bytes[targets.numpy()].sum())

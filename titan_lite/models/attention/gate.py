@@ -30,3 +30,36 @@ class NoGate(Gate):
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         return y
+
+
+class SigmoidGate(Gate):
+    """y * sigmoid(x W_g)."""
+
+    def __init__(self, n_heads: int, width: int, dim: int, linear: Linear.Config):
+        super().__init__()
+        self.n_heads, self.width = n_heads, width
+        self.linear = linear.build(dim, n_heads * width)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        gate = self.linear(x).unflatten(-1, (self.n_heads, self.width)).transpose(1, 2)  # (B, H, T, width)
+        return y * gate.sigmoid()
+
+
+class HeadGate(SigmoidGate):
+    """y * sigmoid(x W_g) with one gate per head, W_g: D -> H. Source: arXiv 2505.06708."""
+
+    class Config(Gate.Config):
+        type: Literal["head"] = "head"
+
+    def __init__(self, config: Config, dim: int, n_heads: int, value_dim: int, linear: Linear.Config):
+        super().__init__(n_heads, 1, dim, linear)
+
+
+class ElementGate(SigmoidGate):
+    """y * sigmoid(x W_g) with one gate per element, W_g: D -> H Dv (Qwen3-Next). Source: arXiv 2505.06708."""
+
+    class Config(Gate.Config):
+        type: Literal["element"] = "element"
+
+    def __init__(self, config: Config, dim: int, n_heads: int, value_dim: int, linear: Linear.Config):
+        super().__init__(n_heads, value_dim, dim, linear)

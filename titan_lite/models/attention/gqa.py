@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import Count, PositiveFloat, PositiveInt, Probability
+from titan_lite.models.activation import Activation, activation
 from titan_lite.models.attention.base import Attention
 from titan_lite.models.attention.gate import Gate, NoGate
 from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel, Scoring
@@ -47,6 +48,8 @@ class GroupedAttention(Attention):
         """Projections with a bias."""
         scale: Literal["inverse_sqrt", "inverse", "sqrt"] | PositiveFloat = "inverse_sqrt"
         """Factor of the scores: 1 / sqrt(Dh), 1 / Dh (muP), sqrt(Dh) (nGPT), or a number."""
+        activation: Activation = "identity"
+        """Applied to projected queries, keys and values (MegaTransformer's heads_activation)."""
         qk_norm: QKNorm.Config = NoQKNorm.Config()
         """Normalisation of queries and keys."""
         position: Position.Config = RoPE.Config()
@@ -69,6 +72,10 @@ class GroupedAttention(Attention):
         def width(self, dim: int) -> int:
             """Dh of a model of this width."""
             return self.head_dim or dim // self.n_heads
+
+        def value_shape(self, dim: int) -> tuple[int, int]:
+            """G and Dv of a model of this width."""
+            return self.n_kv_heads or self.n_heads, self.value_dim or self.width(dim)
 
         def score_scale(self, head_dim: int) -> float:
             """The factor of the scores as a number."""
@@ -104,17 +111,20 @@ class GroupedAttention(Attention):
                 )
             else:
                 yield from self.position.head_problems(self.width(job.model.dim))
-            yield from self.kernel.refusals(self)
+            yield from self.kernel.refusals(self, job.model.dim)
+
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            yield from self.kernel.remarks(self, job.model.dim)
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
-        self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
-        self.head_dim = config.width(dim)
-        self.value_dim = config.value_dim or self.head_dim
+        self.n_heads, self.head_dim = config.n_heads, config.width(dim)
+        self.n_kv_heads, self.value_dim = config.value_shape(dim)
         self.project_with(config, dim, linear)
+        self.activation = activation(config.activation)
         self.o = linear.build(self.n_heads * self.value_dim, dim, start="residual", bias="o" in config.bias)
         heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
-        self.qk_norm = config.qk_norm.build(**heads)
+        self.qk_norm = config.qk_norm.build(dim=dim, **heads)
         self.position = config.position.build(n_heads=self.n_heads, head_dim=self.head_dim)
         self.value_mix = config.value_mix.build()
         scoring = Scoring(
@@ -137,7 +147,7 @@ class GroupedAttention(Attention):
         raise NotImplementedError
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = map(self.activation, self.project(x))
         q, k = self.qk_norm(q, k)
         v = self.value_mix(v, context.carry)
         q, k, v = self.position(q, k, v, context.memory, context.prepared[self.position.key])

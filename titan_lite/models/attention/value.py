@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.models.module import Module
+from titan_lite.models.spec import Spec
+
+FIRST_VALUES: Final = "first_values"
+"""Under this name the values of the first layer are carried."""
 
 
 class ValueMix(Module):
-    """(v (B, G, T, Dv), what earlier layers left) -> v."""
+    """(v (B, G, T, Dv), what earlier layers left and this one may add to) -> v."""
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "value_mix"
@@ -29,3 +34,24 @@ class NoValueMix(ValueMix):
 
     def forward(self, v: Tensor, carry: dict[str, Tensor]) -> Tensor:
         return v
+
+
+class ValueResidual(ValueMix):
+    """v' = l1 * v + l2 * v_first, l1 and l2 learned, 0.5 at first; v_first are the first layer's values, unmixed.
+
+    The first of the layers that mix has v_first = v, so it starts as v' = v. Source: arXiv 2410.17897.
+    """
+
+    class Config(ValueMix.Config):
+        type: Literal["residual"] = "residual"
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(2))
+
+    def forward(self, v: Tensor, carry: dict[str, Tensor]) -> Tensor:
+        own, first = self.weights.unbind()
+        return own * v + first * carry.setdefault(FIRST_VALUES, v)
+
+    def param_specs(self) -> dict[str, Spec]:
+        return {"weights": Spec("scalar", 1, 2, 0.5)}

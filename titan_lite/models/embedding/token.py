@@ -1,42 +1,23 @@
-"""Token embeddings."""
+"""Token embeddings as wide as the model."""
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from titan_lite.config.component import SlotConfig
-from titan_lite.models.context import Context
-from titan_lite.models.module import Module
-from titan_lite.models.spec import Spec
+from titan_lite.models.embedding.table import TableEmbedding
+from titan_lite.models.linear import Linear
 
 
-class Embedding(Module):
-    """Token ids (B, T), context -> (B, T, D). Holds `weight` (V, D), which a tied head reads."""
+class TokenEmbedding(TableEmbedding):
+    """One learned row of the model's width per token. Source: arXiv 1706.03762, section 3.4."""
 
-    weight: nn.Parameter
-
-    class Config(SlotConfig):
-        slot: ClassVar[str] = "embedding"
-        default_type: ClassVar[str | None] = "token"
-
-
-class TokenEmbedding(Embedding):
-    """One learned row per token."""
-
-    class Config(Embedding.Config):
+    class Config(TableEmbedding.Config):
         type: Literal["token"] = "token"
 
-    def __init__(self, config: Config, vocab_size: int, dim: int):
-        super().__init__()
-        self.vocab_size, self.dim = vocab_size, dim
-        self.weight = nn.Parameter(torch.empty(vocab_size, dim))
+    def __init__(self, config: Config, vocab_size: int, dim: int, linear: Linear.Config):
+        super().__init__(config, vocab_size, dim)
 
-    def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        return F.embedding(tokens, self.weight)
-
-    def param_specs(self) -> dict[str, Spec]:
-        return {"weight": Spec("embed", 1, self.dim)}
+    def widen(self, rows: Tensor) -> Tensor:
+        return rows

@@ -17,10 +17,16 @@ class ScoreBias:
     """What an encoding adds to scaled scores. This one: nothing."""
 
     key = ""
+    """Equal for biases that are equal; empty = nothing is added."""
 
     def grid(self, q: Tensor, k: Tensor) -> Tensor | None:
         """float32, broadcastable to (H, T, S), for positions q (T, 1) and k (1, S); None = nothing is added."""
         return None
+
+    def element(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        """The bias in float32 of heads and positions given as broadcastable index tensors, for kernels that ask score
+        by score. Only where `key` is not empty."""
+        raise NotImplementedError
 
 
 class Position(Module):

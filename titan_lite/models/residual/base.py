@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
 from titan_lite.config.component import SlotConfig
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import Probability
 from titan_lite.models.context import Context
 from titan_lite.models.dropout import dropout
 from titan_lite.models.module import Module
 from titan_lite.models.norm import Norm
-from titan_lite.models.residual.scale import BranchScale, NoScale
+from titan_lite.models.residual.scale import BranchScale, NoScale, ReZero
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
 
 Branch = Callable[[Tensor, Context], Tensor]
 
 
 class Residual(Module):
-    """(x, branch, context) -> x', all (B, T, D). One stands around each branch of a layer."""
+    """(x, branch, context) -> x', all (B, T, D). One stands around each branch of a layer, or around both together."""
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "residual"
@@ -33,13 +37,30 @@ class Residual(Module):
 
         def pair(self, dim: int, norm: Norm.Config, n_layers: int) -> tuple[Residual, Residual]:
             """Those around the attention and the feed-forward branch of one layer, of `n_layers` executed ones."""
-            scales = self.scale.pair(dim=dim)
+            scales = self.scale.pair(dim=dim, n_layers=n_layers)
             places = ("attention", "ffn")
             first, second = (
                 self.build(dim=dim, norm=norm, n_layers=n_layers, scale=scale, place=place)
                 for scale, place in zip(scales, places, strict=True)
             )
             return first, second
+
+        def single(self, dim: int, norm: Norm.Config, n_layers: int) -> Residual:
+            """The one around both branches of a layer together."""
+            scale = self.scale.build(dim=dim, n_layers=n_layers)
+            residual: Residual = self.build(dim=dim, norm=norm, n_layers=n_layers, scale=scale, place="layer")
+            return residual
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if self.normalises_stream and isinstance(self.scale, ReZero.Config):
+                name: Any = self.model_dump()["type"]
+                yield Problem(
+                    code=CROSS_FIELD,
+                    key=".scale.type",
+                    value="rezero",
+                    why=f'begins with every layer as the identity, but residual.type = "{name}" normalises the sum',
+                    allowed='residual.type "none", "pre", "peri" or "out_only", or another scale',
+                )
 
     def __init__(self, config: Config, dim: int, norm: Norm.Config, n_layers: int, scale: BranchScale, place: str):
         super().__init__()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
+import torch
 from torch import Tensor
 
 from titan_lite.config.component import SlotConfig
-from titan_lite.config.errors import Problem
-from titan_lite.models.attention.mask import Mask
+from titan_lite.config.errors import CROSS_FIELD, Problem
+from titan_lite.config.machine import has_cuda
+from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.score import Score
 from titan_lite.models.context import Context
 from titan_lite.models.module import Module
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a kernel computes: score(q k^T * scale + bias) over the keys that all masks allow, with dropped weights."""
+    """What a kernel computes: weights(capped(q k^T * scale) + bias) over the keys that all masks allow, some dropped.
+
+    `capped` and `weights` are the score's.
+    """
 
     scale: float
     masks: tuple[Mask, ...]
@@ -34,6 +39,42 @@ class Scoring:
     def key(self) -> str:
         """Equal for layers that can share what is prepared."""
         return " ".join((*(mask.config.model_dump_json() for mask in self.masks), self.bias.key))
+
+    def documents(self, context: Context) -> Tensor | None:
+        """(B, T) document numbers where a mask asks for them. A cache holds one document, of which none are given."""
+        return context.documents if any(mask.reads_documents for mask in self.masks) else None
+
+    def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
+        """What all masks allow; arguments as for `Mask.allowed`."""
+        result: Tensor | None = None
+        for mask in self.masks:
+            grid = mask.allowed(q, k, q_document, k_document)
+            if grid is not None:
+                result = grid if result is None else result & grid
+        assert result is not None, "no mask says anything"
+        return result
+
+    def grids(self, context: Context, n_keys: int) -> Grids:
+        """Masks and bias over all queries and keys of this forward."""
+        q = context.positions[:, None]
+        k = torch.arange(n_keys, device=q.device)[None, :]
+        documents = self.documents(context)
+        pair = (None, None) if documents is None else (documents[:, None, :, None], documents[:, None, None, :])
+        return Grids(self.allowed(q, k, *pair), self.bias.grid(q, k))
+
+
+def n_keys(context: Context) -> int:
+    """Keys S of this forward: those in memory and one for each query. Outside of blocks."""
+    return context.memory.length + context.positions.shape[0]
+
+
+class Grids(NamedTuple):
+    """Everything between queries and keys that does not depend on what they are."""
+
+    allowed: Tensor
+    """bool, (T, S) or (B, 1, T, S): what all masks allow."""
+    bias: Tensor | None
+    """float32, broadcastable to (H, T, S), or None where nothing is added to scores."""
 
 
 class PreparedKernel(Protocol):
@@ -56,10 +97,45 @@ class Kernel(Module):
     class Config(SlotConfig):
         slot: ClassVar[str] = "kernel"
         default_type: ClassVar[str | None] = "sdpa"
+        scores: ClassVar[tuple[str, ...] | None] = None
+        """Types of the score slot that it computes; None = all."""
+        no_dropout: ClassVar[str] = ""
+        """Why it drops no weights; empty = it does."""
+        no_lse: ClassVar[str] = ""
+        """Why it has no `with_lse`; empty = it has."""
+        skips: ClassVar[bool] = False
+        """Whether it leaves out blocks of keys that no query of a block may see."""
 
-        def refusals(self, attention: GroupedAttention.Config) -> Iterable[Problem]:
-            """What of the attention around it this kernel does not compute; keys are relative to the attention."""
-            return ()
+        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+            """What this kernel does not compute of the attention around it, in a model of width `dim`.
+
+            Keys are relative to the attention.
+            """
+            name, score, sink = _type(self), _type(attention.score), attention.sink
+            if self.scores is not None and score not in self.scores:
+                why = f'kernel = "{name}" does not compute this score'
+                able = _kernels(lambda kernel: kernel.scores is None or score in kernel.scores)
+                yield Problem(CROSS_FIELD, ".score.type", why, score, f"{_either(self.scores)}, or kernel = {able}")
+            if attention.dropout and self.no_dropout:
+                able = _kernels(lambda kernel: not kernel.no_dropout)
+                why = f'kernel = "{name}" cannot drop weights: {self.no_dropout}'
+                yield Problem(CROSS_FIELD, ".dropout", why, attention.dropout, f"0.0, or kernel = {able}")
+            if sink.needs_lse and not attention.score.softmax:
+                why = f'a sink takes part in a softmax, and score = "{score}" has none'
+                yield Problem(CROSS_FIELD, ".sink.type", why, _type(sink), '"none", or a score with a softmax')
+            elif sink.needs_lse and self.no_lse:
+                able = _kernels(lambda kernel: not kernel.no_lse)
+                why = f'kernel = "{name}" cannot give a sink what it needs: {self.no_lse}'
+                yield Problem(CROSS_FIELD, ".sink.type", why, _type(sink), f'"none", or kernel = {able}')
+
+        def remarks(self, attention: GroupedAttention.Config, dim: int) -> Iterable[str]:
+            """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
+            if self.skips or all(isinstance(mask, Causal.Config) for mask in attention.masks):
+                return
+            line = f'kernel = "{_type(self)}" also computes the scores that a window or a document mask hides'
+            able = _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))
+            where = "" if has_cuda() else ", on a machine with CUDA devices"
+            yield f"{line}; kernel = {able} leaves them out{where}" if able else line
 
     def prepare(self, context: Context) -> Any:
         raise NotImplementedError
@@ -68,5 +144,19 @@ class Kernel(Module):
         raise NotImplementedError
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
-        """The result and log(sum(exp(score))) of each query, (B, H, T) in float32. For kernels with softmax."""
+        """The result and log(sum(exp(scores))) of each query, (B, H, T) in float32. For scores with a softmax."""
         raise NotImplementedError
+
+
+def _type(config: SlotConfig) -> str:
+    return type(config).model_fields["type"].default
+
+
+def _either(names: Iterable[str]) -> str:
+    return " or ".join(f'"{name}"' for name in names)
+
+
+def _kernels(fit: Callable[[type[Kernel.Config]], bool]) -> str:
+    """The names of the kernels that fit, as one reads them; empty where none does."""
+    choices = cast("dict[str, type[Kernel.Config]]", Kernel.Config.choices)
+    return _either(name for name, config in sorted(choices.items()) if fit(config))

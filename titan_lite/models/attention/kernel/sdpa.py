@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titan_lite.models.attention.kernel.base import Kernel, Scoring
+from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys
 from titan_lite.models.attention.mask import Causal
 from titan_lite.models.context import Context
 
 
 class SDPAMask(NamedTuple):
-    """Arguments of `scaled_dot_product_attention`: a flag where its own causal mask is enough, else a boolean mask."""
+    """Arguments of `scaled_dot_product_attention`: a flag where its own causal mask is enough, else a mask."""
 
     is_causal: bool
     mask: Tensor | None
+    """bool, or float32 with what is added to scores, -inf where nothing may be seen."""
 
 
 class SDPA(Kernel):
@@ -25,46 +26,41 @@ class SDPA(Kernel):
 
     class Config(Kernel.Config):
         type: Literal["sdpa"] = "sdpa"
+        scores: ClassVar[tuple[str, ...] | None] = ("softmax",)
+        no_dropout: ClassVar[str] = "torch's kernels draw from generators, so that the draw depends on the layout"
+        no_lse: ClassVar[str] = "scaled_dot_product_attention keeps the sum of its softmax to itself"
 
     def __init__(self, config: Config, scoring: Scoring):
         super().__init__()
         self.scoring = scoring
-        self.masks = scoring.masks
         self.key = f"sdpa {scoring.key}"
 
     def prepare(self, context: Context) -> SDPAMask:
-        """An explicit mask, (T, S) or (B, 1, T, S), only where the built-in causal one does not say it all."""
-        documents = context.documents
-        start = context.memory.length
-        plain = all(isinstance(mask, Causal) for mask in self.masks)
-        if plain and len(self.masks) == 1 and start == 0:
+        """A mask, (T, S), (B, 1, T, S) or with H, only where the built-in causal one does not say it all."""
+        (first, *others), bias = self.scoring.masks, self.scoring.bias
+        if isinstance(first, Causal) and not others and not bias.key and context.memory.length == 0:
             return SDPAMask(is_causal=True, mask=None)
-        q = context.positions[:, None]
-        k = torch.arange(start + q.shape[0], device=q.device)[None, :]
-        document_pair = (
-            (None, None) if documents is None else (documents[:, None, :, None], documents[:, None, None, :])
-        )
-        grids = [mask.allowed(q, k, *document_pair) for mask in self.masks]
-        given = [grid for grid in grids if grid is not None]
-        if not given:
-            return SDPAMask(is_causal=False, mask=None)
-        allowed = given[0]
-        for grid in given[1:]:
-            allowed = allowed & grid
-        return SDPAMask(is_causal=False, mask=allowed)
+        grids = self.scoring.grids(context, n_keys(context))
+        if grids.bias is None:
+            return SDPAMask(is_causal=False, mask=grids.allowed)
+        mask = torch.where(grids.allowed, grids.bias, float("-inf"))
+        return SDPAMask(is_causal=False, mask=mask if mask.dim() == 4 else mask[None])
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        prepared: SDPAMask = context.prepared[self.key]
+        is_causal, mask = context.prepared[self.key]
         groups = q.shape[1] // k.shape[1]
-        if prepared.mask is not None and groups > 1 and q.is_cuda:
-            # On CUDA the only kernel for grouped heads with a mask holds all scores; the others want as many heads.
-            k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+        if mask is not None:
+            if groups > 1 and q.is_cuda:
+                # On CUDA the only kernel for grouped heads with a mask holds all scores; the others want as many heads.
+                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+            if mask.is_floating_point():
+                mask = mask.to(q.dtype)
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
-            attn_mask=prepared.mask,
-            is_causal=prepared.is_causal,
+            attn_mask=mask,
+            is_causal=is_causal,
             scale=self.scoring.scale,
             enable_gqa=q.shape[1] != k.shape[1],
         )

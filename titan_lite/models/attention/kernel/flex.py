@@ -1,0 +1,129 @@
+"""torch's FlexAttention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from titan_lite.config.errors import NOT_HERE, Problem
+from titan_lite.config.machine import has_cuda
+from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys
+from titan_lite.models.context import Context
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+    from titan_lite.models.attention.gqa import GroupedAttention
+
+SMALLEST_HEAD = 16
+"""Narrowest head of the kernel that torch writes for CUDA."""
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """One for all layers; not made on import, which would take as long as torch.compile takes to import."""
+    return torch.compile(function)
+
+
+class FlexArguments(NamedTuple):
+    """What `flex_attention` is told beside queries, keys and values."""
+
+    block_mask: BlockMask
+    score_mod: ScoreMod | None
+
+
+class Flex(Kernel):
+    """torch's `flex_attention`, which leaves out each 128 x 128 block of scores that the masks hide as a whole.
+
+    On CUDA a kernel is compiled for the masks and scores asked for. On a CPU all scores are computed, and only forward:
+    FlexAttention has no backward there. Source: arXiv 2412.05496.
+    """
+
+    class Config(Kernel.Config):
+        type: Literal["flex"] = "flex"
+        scores: ClassVar[tuple[str, ...] | None] = ("softmax", "softmax_capped")
+        no_dropout: ClassVar[str] = "flex_attention changes scores, and dropout acts behind their softmax"
+        skips: ClassVar[bool] = True
+
+        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+            yield from super().refusals(attention, dim)
+            width = attention.width(dim)
+            for key, found in ((".head_dim", width), (".value_dim", attention.value_dim or width)):
+                if has_cuda() and found < SMALLEST_HEAD:
+                    why = f'heads are {found} wide, and kernel = "flex" has none below {SMALLEST_HEAD} on CUDA'
+                    yield Problem(NOT_HERE, key, why, found, f'at least {SMALLEST_HEAD}, or kernel = "sdpa" or "eager"')
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if not has_cuda():
+                why = "FlexAttention has no backward on a CPU, and there is no CUDA device on this machine"
+                yield Problem(NOT_HERE, ".type", why, self.type, '"eager", or "sdpa" for a plain softmax')
+
+    def __init__(self, config: Config, scoring: Scoring):
+        super().__init__()
+        self.scoring = scoring
+        self.key = f"flex {scoring.key} {scoring.score.config.model_dump_json()}"
+
+    def prepare(self, context: Context) -> FlexArguments:
+        start, (n_queries,), device = context.memory.length, context.positions.shape, context.positions.device
+        documents = self.scoring.documents(context)
+        rows = None if documents is None else documents.shape[0]
+        create: Callable[..., BlockMask] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
+        mask = create(self.mask_mod(documents, start), rows, None, n_queries, n_keys(context), device=device)
+        return FlexArguments(mask, self.score_mod(start))
+
+    def mask_mod(self, documents: Tensor | None, start: int) -> MaskMod:
+        """All masks for index tensors (row, head, query, key), where the first query is at position `start`."""
+        scoring = self.scoring
+
+        def allowed(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            pair = (None, None) if documents is None else (documents[row, q], documents[row, k])
+            return scoring.allowed(q + start, k, *pair)
+
+        return allowed
+
+    def score_mod(self, start: int) -> ScoreMod | None:
+        """Cap and bias for a score and index tensors (row, head, query, key); None where scores stay as they are."""
+        score, bias = self.scoring.score, self.scoring.bias
+
+        def capped(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score.capped(value)
+
+        def biased(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return score.capped(value) + bias.element(head, q + start, k)
+
+        if bias.key:
+            return biased
+        return capped if score.cap else None
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+        return self._attend(q, k, v, context, AuxRequest())[0]
+
+    def with_lse(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+        y, aux = self._attend(q, k, v, context, AuxRequest(lse=True))
+        assert aux.lse is not None
+        return y, aux.lse
+
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, context: Context, wanted: AuxRequest
+    ) -> tuple[Tensor, AuxOutput]:
+        arguments: FlexArguments = context.prepared[self.key]
+        # A block that is compiled takes the function itself into its graph.
+        by_itself = q.is_cuda and not torch.compiler.is_compiling()
+        attend: Any = _compiled(flex_attention) if by_itself else flex_attention
+        return attend(
+            q,
+            k,
+            v,
+            score_mod=arguments.score_mod,
+            block_mask=arguments.block_mask,
+            scale=self.scoring.scale,
+            enable_gqa=q.shape[1] != k.shape[1],
+            return_aux=wanted,
+        )
