@@ -19,10 +19,12 @@ PRELUDE = """
 from __future__ import annotations
 from typing import Literal
 from torch import Tensor
+from torch.nn import functional as F
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.context import Context
 from titan_lite.models.ffn import FFN
 from titan_lite.models.linear import Linear
+from titan_lite.models.norm import RMSNorm
 from titan_lite.models.init import initialize
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
@@ -30,14 +32,16 @@ import torch
 """
 
 USE = """
-config = Transformer.Config.model_validate({"dim": 32, "n_layers": 2, "attention": {"n_heads": 4}, "ffn": "relu2"})
+config = Transformer.Config.model_validate({"dim": 32, "n_layers": 2, "attention": {"n_heads": 4}, "ffn": "mlp_normed"})
 model = config.build(vocab_size=64)
 specs = collect_specs(model)
 assert specs["stack.blocks.1.ffn.down.weight"].start == "residual"
 initialize(model, specs, config.init.build(dim=32, n_layers=2), 0)
 x = torch.randn(2, 3, 32)
 ffn = model.stack.blocks["0"].ffn
-expected = (x @ ffn.up.weight.t()).clamp(min=0) ** 2 @ ffn.down.weight.t()
+inner = F.gelu(x @ ffn.up.weight.t())
+inner = inner / (inner.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+expected = inner @ ffn.down.weight.t()
 assert torch.allclose(ffn(x, None), expected, atol=1e-6)
 model(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
 """
@@ -54,7 +58,7 @@ def test_the_feature_of_the_readme_works_in_a_dozen_lines(tmp_path: Path):
 
 def test_every_path_of_the_readme_exists():
     for path in re.findall(r"`((?:titan_lite|train_configs|scripts|benchmarks|tests|docs)/[\w/.]*)`", README):
-        if path != "titan_lite/models/ffn/relu2.py":
+        if path != "titan_lite/models/ffn/normed.py":
             assert (ROOT / path).exists(), path
 
 

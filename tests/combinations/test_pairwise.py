@@ -42,6 +42,14 @@ SHARDS = 8
 """Tests over which the models are spread."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def cpu_alone() -> Iterator[None]:
+    """The models run on the CPU, so configs are judged as on a machine without CUDA."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("files")

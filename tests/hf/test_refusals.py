@@ -87,6 +87,12 @@ NO_PLACE: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         {},
         {"embedding.scale": "1.0", "residual.scale.type": '"none"', "head.logit_scale.type": '"none"'},
     ),
+    "a bias too many": (
+        "qwen2",
+        "qwen2",
+        {"attention": {"bias": ["q", "k", "v", "o"]}},
+        {"attention.bias": '["k", "q", "v"]'},
+    ),
     "a wide head": (
         "qwen2",
         "qwen2",
@@ -145,3 +151,12 @@ def test_other_names_of_an_activation_are_known() -> None:
     settings = gpt2.settings(preset_config("gpt2"), VOCAB, CONTEXT)
     published = settings | {"activation_function": "gelu_new", "n_inner": None}
     assert gpt2.tables(published) == gpt2.tables(settings)
+
+
+def test_a_damaged_config_is_no_traceback() -> None:
+    llama = ARCHITECTURES["llama"]
+    settings = llama.settings(preset_config("llama3"), VOCAB, CONTEXT)
+    with pytest.raises(ConfigError, match="rope_parameters\n    is missing in this config of a llama model"):
+        llama.tables({key: value for key, value in settings.items() if key != "rope_parameters"})
+    with pytest.raises(ConfigError, match=r"model.attention.n_heads = 0\n    cannot be made of this config"):
+        llama.tables(settings | {"num_attention_heads": 0})

@@ -108,9 +108,9 @@ def test_seeds_steps_layers_and_places_are_independent(one: dict[str, Any], othe
 
 
 def test_steps_and_layers_are_even_at_one_element():
-    """Over 4000 steps, and as many layers: values of the same few elements."""
+    """Over 2000 steps, and as many layers: values of the same few elements."""
     for fact in ("step", "layer"):
-        values = torch.stack([bits([5], 4, **{fact: index})[0] for index in range(4000)])
+        values = torch.stack([bits([5], 4, **{fact: index})[0] for index in range(2000)])
         for element in range(4):
             assert surprise(torch.bincount(values[:, element], minlength=16).double()) < SIGMAS, (fact, element)
         assert of_pairs(values[:-1], values[1:]) < SIGMAS

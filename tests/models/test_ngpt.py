@@ -341,7 +341,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "model.embedding.dropout": {"model": {"embedding": {"type": "token", "dropout": 0.1}}},
     "model.residual.scale.type": {"model": {"residual": {"type": "ngpt", "scale": "layerscale"}}},
     "optimizer.weight_decay": {"optimizer": {"weight_decay": 0.1}},
-    "lr_scheduler.warmup_steps": {"lr_scheduler": {"warmup_steps": 2}},
     "model.init.type": {"model": {"init": "zeros"}},
 }
 
@@ -373,6 +372,12 @@ def test_what_is_missing_of_ngpt_is_told():
     assert 'model.linear.type = "unit"' in line
     assert 'model.head.logit_scale.type = "learned"' in line
     assert "qk_norm" not in line
+
+
+def test_warm_up_is_told_not_refused():
+    job = tiny_job(**SECTIONS | {"lr_scheduler": {"warmup_steps": 2}})
+    (line,) = [line for line in notices(job, 1) if "ngpt" in line]
+    assert line.startswith("lr_scheduler.warmup_steps = 2")
 
 
 def test_a_unit_matrix_is_a_matrix():

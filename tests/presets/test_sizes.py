@@ -218,3 +218,13 @@ def test_gemma3_sees_everything_in_every_sixth_layer() -> None:
 def test_gemmas_factor_of_the_scores(name: str, flavor: str, width: int) -> None:
     config = preset_config(name, flavor)
     assert config.attention.score_scale(config.attention.width(config.dim)) == pytest.approx(width**-0.5, rel=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("flavor", "published"), [("2b", (12.0, 1 / 64, 0.22, 8.0)), ("8b", (12.0, 1 / 128, 0.22, 16.0))]
+)
+def test_granites_multipliers(flavor: str, published: tuple[float, ...]) -> None:
+    """As its config files say it: of embeddings, scores and branches, and what divides logits."""
+    settings = ARCHITECTURES["granite"].settings(preset_config("granite", flavor), 1, CONTEXT)
+    keys = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+    assert tuple(settings[key] for key in keys) == published

@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem, show
+from pydantic import ValidationError
+
+from titan_lite.config.errors import CROSS_FIELD, KEY_MISSING, NOT_ALLOWED, ConfigError, Problem, show
 from titan_lite.hf.normal_form import Path, Tables, absorbed, differences, equal, normal_form
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.setting import SYNONYMS, Setting, View
@@ -46,9 +48,18 @@ class Architecture:
         return {"vocab_size": vocab_size, **longest, **settings, **self.training_only}
 
     def tables(self, settings: Mapping[str, Any]) -> Tables:
-        """[model] tables, with vocab_size, of their config as a dict. ConfigError names each key that has no place."""
-        tables = {"vocab_size": settings["vocab_size"], **self._tables(settings)}
-        again = self._settings(Transformer.Config.model_validate(tables))
+        """[model] tables, with vocab_size, of a config of theirs (its `to_dict()`).
+
+        ConfigError names each of its settings that has no place here.
+        """
+        try:
+            tables = {"vocab_size": settings["vocab_size"], **self._tables(settings)}
+            again = self._settings(Transformer.Config.model_validate(tables))
+        except KeyError as error:
+            why = f"is missing in this config of a {self.model_type} model"
+            raise ConfigError.at(str(error.args[0]), why, code=KEY_MISSING) from None
+        except ValidationError as error:
+            raise ConfigError(list(self._impossible(error))) from None
         found = [
             Problem(CROSS_FIELD, key, f"is not supported for {self.model_type}", settings.get(key), show(value))
             for key, value in again.items()
@@ -99,6 +110,11 @@ class Architecture:
             why = f"has no place in the Hugging Face architecture {self.model_type}"
             found.setdefault(key, Problem(CROSS_FIELD, key, why, value, show(other)))
         return list(found.values())
+
+    def _impossible(self, error: ValidationError) -> Iterator[Problem]:
+        for details in error.errors(include_url=False):
+            why = f"cannot be made of this config of a {self.model_type} model: {details['msg']}"
+            yield Problem(NOT_ALLOWED, _key(details["loc"]), why, details["input"])
 
 
 def _key(path: Path) -> str:

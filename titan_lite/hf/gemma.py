@@ -73,7 +73,7 @@ GEMMA3: Final = LlamaLike(
     model_type="gemma3_text",
     class_name="Gemma3ForCausalLM",
     keys=(*SHARED, Key("attention.qk_norm.eps", "rms_norm_eps"), PositionsByLayer()),
-    fixed={**FIXED, "attention": {"kernel": "eager", "qk_norm": {"type": "rms"}}},
+    fixed={**FIXED, "attention": {"qk_norm": {"type": "rms"}}},
     norms=AROUND_BRANCHES,
     gain=LESS_ONE,
 )

@@ -55,7 +55,7 @@ class Heads:
     def __init__(self, config: Attention.Config, image: Attention.Config, dim: int):
         assert isinstance(config, GroupedAttention.Config)
         assert isinstance(image, GroupedAttention.Config)
-        self.config, self.image, self.dim = config, image, dim
+        self.config = config
         self.width = config.width(dim)
         self.n_heads, self.n_kv_heads = config.n_heads, config.n_kv_heads or config.n_heads
         order = row_order(config.position, self.width)

@@ -50,7 +50,6 @@ NGPT: tuple[Rule, ...] = (
     *(_ngpt("needs", key, (0.0,), f"it has no dropout: {_ONE_LENGTH}") for key in _DROPOUTS),
     _ngpt("needs", "model.residual.scale.type", ("none",), "a branch's length does not matter, its scale is alpha"),
     _ngpt("needs", "optimizer.weight_decay", (0.0,), f"there is nothing to decay: {_ONE_LENGTH}"),
-    _ngpt("needs", "lr_scheduler.warmup_steps", (0,), "it is defined, and compared, without warm-up"),
     Rule(
         "model.linear.type",
         ("unit",),
@@ -196,7 +195,15 @@ def _alibi_beside_rope(settings: Settings) -> Iterator[str]:
                 yield f'{settings.key(key)} = "alibi" stands beside {other.key(key)} = "rope" in other layers'
 
 
-REMARKS: tuple[Callable[[Settings], Iterable[str]], ...] = (_rest_of_ngpt, _alibi_beside_rope)
+def _ngpt_warms_up(settings: Settings) -> Iterator[str]:
+    """nGPT needs no warm-up, and is published without; baselines have one, so it may be wanted for a comparison."""
+    (steps,) = settings.values("lr_scheduler.warmup_steps")
+    if settings.values("model.residual.type") == ["ngpt"] and steps:
+        key = settings.key("model.residual.type")
+        yield f'lr_scheduler.warmup_steps = {steps} with {key} = "ngpt": it is defined, and compared, without warm-up'
+
+
+REMARKS: tuple[Callable[[Settings], Iterable[str]], ...] = (_rest_of_ngpt, _ngpt_warms_up, _alibi_beside_rope)
 """Warnings that are no row."""
 
 

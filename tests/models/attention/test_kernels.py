@@ -125,14 +125,15 @@ def test_a_token_reaches_those_that_see_it(kernel: str, score: str, masks: str) 
 @pytest.mark.parametrize("masks", MASKS)
 @pytest.mark.parametrize(("kernel", "score"), EVERY)
 def test_decoding_piece_by_piece(kernel: str, score: str, masks: str) -> None:
-    case = Case(masks=MASKS[masks], score=SCORES[score], bias=Slope())
-    attend = case.kernel(kernel)
-    pieces = []
-    for start, stop in ((0, 5), (5, 6), (6, 10), (10, 11), (11, 13)):
-        context = case.context(attend, start, stop, documents=False)
-        pieces.append(attend(case.q[:, :, start:stop], case.k[:, :, :stop], case.v[:, :, :stop], context))
-    whole = attend(*case.tensors(), case.context(attend, documents=False))
-    torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=ATOL, rtol=0)
+    for bias in (ScoreBias(), Slope()):
+        case = Case(masks=MASKS[masks], score=SCORES[score], bias=bias)
+        attend = case.kernel(kernel)
+        pieces = []
+        for start, stop in ((0, 5), (5, 6), (6, 10), (10, 11), (11, 13)):
+            context = case.context(attend, start, stop, documents=False)
+            pieces.append(attend(case.q[:, :, start:stop], case.k[:, :, :stop], case.v[:, :, :stop], context))
+        whole = attend(*case.tensors(), case.context(attend, documents=False))
+        torch.testing.assert_close(torch.cat(pieces, dim=2), whole, atol=ATOL, rtol=0)
 
 
 @pytest.mark.usefixtures("eager_calls")

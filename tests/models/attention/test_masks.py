@@ -63,6 +63,15 @@ def test_a_window_of_one_gives_the_own_value(kernel: str, score: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", COMPUTES)
+def test_hidden_keys_stay_hidden_where_all_scores_are_very_low(kernel: str) -> None:
+    case = Case(T, windowed(5), scale=200.0)
+    case.q, case.k = -1 - torch.rand_like(case.q), torch.rand_like(case.k)
+    assert case.scores().amax(-1).max() < -200
+    # Scores near 1000 have errors of 1e-4 in fp32.
+    torch.testing.assert_close(case.run(kernel).double(), case.expected(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("kernel", COMPUTES)
 def test_how_far_a_token_reaches_through_layers(kernel: str) -> None:
     """Over 2 layers with windows of 4 to 6 tokens behind it, and no further."""
     model = tiny_model(attention={"n_heads": 4, "n_kv_heads": 2, "masks": windowed(4), "kernel": kernel})

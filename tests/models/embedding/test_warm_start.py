@@ -16,10 +16,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests import runs
-from tests.runs import Run, build_tiny, full, tiny_job, train
+from tests.runs import CPU, Run, build_tiny, full, tiny_job, train
 from titan_lite.config.errors import FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict
+from titan_lite.models.embedding.warm_start import FileWarmStart
+from titan_lite.parallel.precision import Precision
+from titan_lite.parallel.world import World
 from titan_lite.run.signals import StopFlag
+from titan_lite.step import build
 from titan_lite.trainer import Trainer
 
 NAME = "transformer.wte.weight"
@@ -211,6 +215,14 @@ def test_a_resumed_run_does_not_read_the_file_again(file: Path, tmp_path: Path, 
     assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
     of_embedding = {name.split()[1] for name in got if ".embedding.weight" in name}
     assert any(name.startswith("optim.") for name in of_embedding) != frozen
+
+
+def test_a_model_that_a_checkpoint_will_fill_reads_nothing(file: Path):
+    job = tiny_job(**sections(file))
+    with mock.patch.object(FileWarmStart, "fill") as fill:
+        for blank, reads in ((True, 0), (False, 1)):
+            build(job, World(0, 1, CPU), Precision.of(job, CPU), ROWS, blank=blank)
+            assert fill.call_count == reads
 
 
 def test_trained_weights_do_not_depend_on_where_they_came_from(file: Path):
