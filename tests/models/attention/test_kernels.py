@@ -233,6 +233,25 @@ def test_layers_share_what_is_prepared() -> None:
         assert len(prepared) == 2  # one for positions, one for both layers' kernels
 
 
+@pytest.mark.usefixtures("eager_calls")
+def test_layers_that_differ_do_not_share() -> None:
+    attention = {"n_heads": 4, "n_kv_heads": 2, "scale": 20.0, "score": {"type": "softmax_capped", "cap": 2.0}}
+    changes: list[dict[str, Any]] = [
+        {"score": {"type": "softmax_capped", "cap": 0.1}},
+        {"masks": MASKS["window"]},
+        {"position": "alibi"},
+    ]
+    tokens = torch.randint(VOCAB, (2, 20))
+    for change in changes:
+        layers = [{"at": "1", "attention": change}]
+        models = [tiny_model(attention=attention | {"kernel": kernel}, layers=layers) for kernel in ("eager", "flex")]
+        uniform = tiny_model(attention=attention | {"kernel": "eager"})
+        with torch.no_grad():
+            eager, flex, other = (model(tokens) for model in (*models, uniform))
+        torch.testing.assert_close(flex, eager, atol=ATOL, rtol=0)
+        assert not torch.allclose(eager, other, atol=1e-4)
+
+
 def test_dropped_weights() -> None:
     case = Case(40, value_dim=40, dropout=0.25)
     case.v = torch.eye(40).expand(B, G, -1, -1)  # what comes out are the weights
