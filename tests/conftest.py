@@ -10,6 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -33,3 +34,11 @@ def pool2() -> Iterator[WorkerPool]:
 def pool4() -> Iterator[WorkerPool]:
     """Four gloo ranks; started by the first test that runs something on them."""
     yield from _pool(4)
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests() -> Iterator[None]:
+    """torch.compile keeps the graphs of one function for all models of a process, and gives up when they are many."""
+    yield
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.models.tiny import VOCAB, tiny_config, tiny_model
+from tests.runs import build_tiny
 from titan_lite.config import presets
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict, load_job, to_toml
@@ -346,3 +347,14 @@ def test_the_cache_decodes_layers_that_differ() -> None:
         out.append(model(tokens[:, start:stop], memory=cache))
         cache.advance(stop - start)
     torch.testing.assert_close(torch.cat(out, 1), model(tokens), atol=ATOL, rtol=0)
+
+
+def test_more_kinds_of_layers_than_graphs_that_torch_allows_a_function():
+    """Ten layers, each of its own kind, in ten compiled graphs."""
+    masks = [["causal", {"type": "sliding_window", "window": 2 + i}] for i in range(10)]
+    layers = [{"at": str(i), "attention": {"masks": masks[i]}} for i in range(10)]
+    tables = {"model": {"dim": 16, "n_layers": 10, "attention": {"n_heads": 2}, "layers": layers}}
+    _, eager = build_tiny(tables)
+    _, compiled = build_tiny(tables | {"compile": {"enable": True, "backend": "aot_eager"}})
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(compiled.model(tokens), eager.model(tokens), rtol=0, atol=1e-6)

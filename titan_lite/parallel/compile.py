@@ -10,10 +10,16 @@ from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import Wrap
 from titan_lite.parallel.config import Compile
 
+GRAPHS_PER_BLOCK = 8
+"""As many as torch allows a function: training and evaluation, a last smaller micro-batch, ..."""
+
 
 def compile_blocks(model: Transformer, config: Compile) -> None:
     """Compiles each distinct block in place; equal blocks share one graph."""
     if config.enable and "model" in config.components:
+        # All blocks share one cache, and torch gives up on the ninth graph: layers may all be different.
+        limit = torch._dynamo.config.recompile_limit
+        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(model.stack.blocks))
         for block in model.stack.blocks.values():
             block.compile(backend=config.backend, fullgraph=True)
 
