@@ -37,8 +37,13 @@ def pool4() -> Iterator[WorkerPool]:
 
 
 @pytest.fixture(autouse=True)
-def no_graphs_of_other_tests() -> Iterator[None]:
-    """torch.compile keeps the graphs of one function for all models of a process, and gives up when they are many."""
+def fresh_torch() -> Iterator[None]:
+    """The same random numbers whatever ran before, and no graphs of other tests.
+
+    torch.compile keeps the graphs of a function for all models of a process, and gives up when they are many.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
     yield
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()

@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {
         "seq_len": 16,
         "steps": 10,
         "mixed_precision_param": "float32",
-        "loss_chunk_tokens": 0,
+        "loss_chunk_tokens": 8,
     },
     "optimizer": {"lr": 1e-2, "weight_decay": 0.0},
     "lr_scheduler": {"warmup_steps": 0},

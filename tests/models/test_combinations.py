@@ -146,3 +146,11 @@ def test_layers_with_different_positions_are_warned_of() -> None:
     )
     plain = {"attention": {"position": "alibi"}, "layers": [{"at": "::2", "attention": {"position": "none"}}]}
     assert job_from_dict({"model": plain}).warnings == ()
+
+
+@pytest.mark.parametrize("masks", [["causal"], ["causal", "document"]])
+def test_what_counts_from_the_row_is_told_where_documents_are_masked(masks: list[str]):
+    attention = {"n_heads": 4, "masks": masks, "position": "none"}
+    model = {"dim": 16, "attention": attention, "embedding": {"position": "sinusoidal"}}
+    told = [line for line in job_from_dict({"model": model}).warnings if "packed document begins" in line]
+    assert len(told) == ("document" in masks)

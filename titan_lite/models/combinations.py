@@ -59,6 +59,14 @@ NGPT: tuple[Rule, ...] = (
         "weights of length 1 are for a stream of length 1",
     ),
     Rule("model.linear.type", ("unit",), "excludes", "model.init.type", ("zeros",), "zeros have no direction"),
+    Rule(
+        "model.linear.type",
+        ("unit",),
+        "excludes",
+        "model.embedding.type",
+        ("low_rank",),
+        "what has length 1 are vectors of the model's width, and its table and projection have none",
+    ),
 )
 
 RULES: tuple[Rule, ...] = (
@@ -203,7 +211,27 @@ def _ngpt_warms_up(settings: Settings) -> Iterator[str]:
         yield f'lr_scheduler.warmup_steps = {steps} with {key} = "ngpt": it is defined, and compared, without warm-up'
 
 
-REMARKS: tuple[Callable[[Settings], Iterable[str]], ...] = (_rest_of_ngpt, _ngpt_warms_up, _alibi_beside_rope)
+_COUNTED_FROM_THE_ROW = {
+    "model.embedding.position.type": ("learned", "sinusoidal"),
+    "model.attention.qk_norm.type": ("l2_scaled",),
+}
+
+
+def _documents_are_not_alone(settings: Settings) -> Iterator[str]:
+    """A packed document that others cannot see, but that knows where in the row it begins."""
+    if "document" in settings.values("model.attention.masks.type"):
+        for key, kinds in _COUNTED_FROM_THE_ROW.items():
+            for kind in set(settings.values(key)) & set(kinds):
+                why = "depends on where in the row a packed document begins, in spite of the mask"
+                yield f'{settings.key(key)} = "{kind}" with the mask "document": what it computes {why}'
+
+
+REMARKS: tuple[Callable[[Settings], Iterable[str]], ...] = (
+    _rest_of_ngpt,
+    _ngpt_warms_up,
+    _alibi_beside_rope,
+    _documents_are_not_alone,
+)
 """Warnings that are no row."""
 
 

@@ -213,11 +213,11 @@ def _tables(model: Transformer.Config) -> Iterator[tuple[str, int, SlotConfig]]:
 def resolved_layers(model: Transformer.Config, mode: str, without: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Entries of model.layers with whole tables, each for layers of its own: equal for models that are equal.
 
-    `without` names keys of those tables that do not count.
+    `without` names keys that do not count, at any depth.
     """
 
     def dump(config: SlotConfig) -> dict[str, Any]:
-        return {key: value for key, value in config.model_dump(mode=mode).items() if key not in without}
+        return tables_without(config.model_dump(mode=mode), without)
 
     wide = {slot: dump(getattr(model, slot)) for slot in SLOTS}
     groups: list[tuple[list[int], dict[str, Any]]] = []
@@ -229,3 +229,10 @@ def resolved_layers(model: Transformer.Config, mode: str, without: tuple[str, ..
         else:
             numbers.extend(variant.numbers)
     return [{"at": ",".join(map(str, sorted(numbers))), **own} for numbers, own in groups if own]
+
+
+def tables_without(value: Any, keys: tuple[str, ...]) -> Any:
+    """Tables without these keys, at any depth."""
+    if isinstance(value, dict):
+        return {key: tables_without(inner, keys) for key, inner in value.items() if key not in keys}
+    return [tables_without(item, keys) for item in value] if isinstance(value, list) else value

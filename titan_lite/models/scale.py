@@ -12,7 +12,8 @@ from titan_lite.models.spec import Spec
 class LearnedScale(Module):
     """() -> s (size,) = value * init / scale, where `value` starts at `scale`, so that s starts at `init`.
 
-    Adam moves every parameter by about lr whatever its gradient: s moves by lr * init / scale.
+    Adam moves every parameter by about lr whatever its gradient: s moves by lr * init / scale. Kept in the dtype of the
+    masters; a sharded run computes with it in training.mixed_precision_param, as with every parameter.
     Source: arXiv 2410.01131, section 2.5.
     """
 

@@ -24,7 +24,14 @@ from titan_lite.models.head import Head, LMHead
 from titan_lite.models.head.lm import Consume, all_logits
 from titan_lite.models.init import Init, TruncatedNormal
 from titan_lite.models.init.rules import init_problems
-from titan_lite.models.layers import LayerOverride, layer_notices, layer_problems, resolved_layers, variants
+from titan_lite.models.layers import (
+    LayerOverride,
+    layer_notices,
+    layer_problems,
+    resolved_layers,
+    tables_without,
+    variants,
+)
 from titan_lite.models.linear import DefaultLinear, Linear
 from titan_lite.models.module import Module
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
@@ -110,14 +117,12 @@ class Transformer(Module):
             return resolved_layers(self, info.mode)
 
         def identity(self) -> dict[str, Any]:
-            """What trained weights depend on, as JSON: all but names, how they began and how they are computed."""
-            tables = self.model_dump(mode="json")
+            """What trained weights are for, as JSON: all but names, initial values, dropout and how it is computed."""
+            tables: dict[str, Any] = tables_without(self.model_dump(mode="json"), _NOT_THE_MODEL)
             names = ("name", "flavor", "hf_assets_path")
-            for key in (*names, "converters", "print_after_conversion", "init", "param_dtype"):
+            for key in (*names, "converters", "print_after_conversion", "param_dtype"):
                 del tables[key]
-            tables["attention"].pop("kernel", None)
-            tables["embedding"].pop("warm_start", None)
-            tables["layers"] = resolved_layers(self, "json", without=("kernel",))
+            tables["layers"] = resolved_layers(self, "json", without=_NOT_THE_MODEL)
             return tables
 
         def each_layer(self) -> list[Layer]:
@@ -179,6 +184,10 @@ class Transformer(Module):
         yield from self.stack.blocks.values()
         if not self.tied:
             yield self.head
+
+
+_NOT_THE_MODEL = ("kernel", "dropout", "init", "warm_start", "start", "change", "profile_batches")
+"""Keys of any table that say how weights begin or how the same function is computed."""
 
 
 def vocab_size_for(config: Transformer.Config, tokenizer_size: int) -> int:

@@ -114,7 +114,7 @@ class GroupedAttention(Attention):
             yield from self.kernel.refusals(self, job.model.dim)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-            yield from self.kernel.remarks(self, job.model.dim)
+            yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()

@@ -28,6 +28,10 @@ class Mask(Component):
     def __init__(self, config: Config):
         self.config = config
 
+    def hides(self, n_keys: int, documents: bool) -> bool:
+        """Whether it hides anything at all among so many keys, with or without document numbers."""
+        return True
+
     @abstractmethod
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor | None:
         """True where the query at position `q` may see the key at position `k`; None = everywhere."""
@@ -50,6 +54,9 @@ class Documents(Mask):
         type: Literal["document"] = "document"
 
     reads_documents: ClassVar[bool] = True
+
+    def hides(self, n_keys: int, documents: bool) -> bool:
+        return documents
 
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor | None:
         if q_document is None or k_document is None:
@@ -76,6 +83,9 @@ class SlidingWindow(Mask):
     def __init__(self, config: Config):
         super().__init__(config)
         self.window = config.window
+
+    def hides(self, n_keys: int, documents: bool) -> bool:
+        return self.window < n_keys
 
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
         return q - k < self.window

@@ -37,9 +37,9 @@ class NoValueMix(ValueMix):
 
 
 class ValueResidual(ValueMix):
-    """v' = l1 * v + l2 * v_first, l1 and l2 learned, 0.5 at first; v_first are the first layer's values, unmixed.
+    """v' = l1 * v + l2 * v_first, l1 and l2 learned, 0.5 at first; v_first are those of the first layer that mixes.
 
-    The first of the layers that mix has v_first = v, so it starts as v' = v. Source: arXiv 2410.17897.
+    v_first is unmixed, and v itself in that first layer, which so starts as v' = v. Source: arXiv 2410.17897.
     """
 
     class Config(ValueMix.Config):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.models.init.base import Distribution, InitRule
 from titan_lite.models.init.normal import Zeros
+from titan_lite.models.layers import variants
 from titan_lite.models.residual import ReZero
 from titan_lite.models.spec import Spec, specs_of
 
@@ -60,13 +61,19 @@ def _dead_zeros(job: Job, config: Distribution.Config, specs: Mapping[str, Spec]
     if zeros.keys() >= {name for name, spec in specs.items() if isinstance(spec.start, str)}:
         why = "leaves every matrix of the model at 0, where all gradients are 0"
         yield Problem(CROSS_FIELD, KEY, why, allowed='type = "zeros" for some matrices only')
-    for scale in (layer.residual.scale for layer in job.model.each_layer()):
-        if isinstance(scale, ReZero.Config) and scale.init == 0:
-            why = 'does not go with model.residual.scale.type = "rezero" with init 0: each stops the other\'s gradient'
-            allowed = "another init for the matrices that write into the residual stream, or a scale.init other than 0"
-            for key in sorted({key for name, key in zeros.items() if specs[name].start == "residual"}):
+    said = set()
+    for variant in variants(job.model):
+        scale = variant.layer.residual.scale
+        if not (isinstance(scale, ReZero.Config) and scale.init == 0):
+            continue
+        blocks = tuple(f"stack.blocks.{number}." for number in variant.numbers)
+        other = f"{variant.key('residual')}.scale.type"
+        why = f'does not go with {other} = "rezero" with init 0: each stops the other\'s gradient'
+        allowed = "another init for the matrices that write into the residual stream, or a scale.init other than 0"
+        for name, key in zeros.items():
+            if name.startswith(blocks) and specs[name].start == "residual" and (key, other) not in said:
+                said.add((key, other))
                 yield Problem(CROSS_FIELD, key, why, "zeros", allowed)
-            return
 
 
 def _key_of_zeros(config: Distribution.Config, name: str, spec: Spec) -> str:

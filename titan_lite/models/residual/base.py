@@ -58,7 +58,7 @@ class Residual(Module):
                     code=CROSS_FIELD,
                     key=".scale.type",
                     value="rezero",
-                    why=f'begins with every layer as the identity, but residual.type = "{name}" normalises the sum',
+                    why=f'wants a sum that is left as it is, and residual.type = "{name}" normalises it',
                     allowed='residual.type "none", "pre", "peri" or "out_only", or another scale',
                 )
 

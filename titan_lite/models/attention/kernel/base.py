@@ -128,9 +128,10 @@ class Kernel(Module):
                 why = f'kernel = "{name}" cannot give a sink what it needs: {self.no_lse}'
                 yield Problem(CROSS_FIELD, ".sink.type", why, _type(sink), f'"none", or kernel = {able}')
 
-        def remarks(self, attention: GroupedAttention.Config, dim: int) -> Iterable[str]:
+        def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
-            if self.skips or all(isinstance(mask, Causal.Config) for mask in attention.masks):
+            masks = [mask.build() for mask in attention.masks]
+            if self.skips or not any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks):
                 return
             line = f'kernel = "{_type(self)}" also computes the scores that a window or a document mask hides'
             able = _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))

@@ -22,7 +22,7 @@ class SDPAMask(NamedTuple):
 
 
 class SDPA(Kernel):
-    """torch's `scaled_dot_product_attention`: the fastest implementation of the device. Source: arXiv 2205.14135."""
+    """torch's `scaled_dot_product_attention`: for a causal mask the fastest of the device. Source: arXiv 2205.14135."""
 
     class Config(Kernel.Config):
         type: Literal["sdpa"] = "sdpa"
@@ -37,10 +37,12 @@ class SDPA(Kernel):
 
     def prepare(self, context: Context) -> SDPAMask:
         """A mask, (T, S), (B, 1, T, S) or with H, only where the built-in causal one does not say it all."""
-        (first, *others), bias = self.scoring.masks, self.scoring.bias
-        if isinstance(first, Causal) and not others and not bias.key and context.memory.length == 0:
+        size, documents = n_keys(context), context.documents is not None
+        hiding = [mask for mask in self.scoring.masks if mask.hides(size, documents)]
+        causal = all(isinstance(mask, Causal) for mask in hiding)
+        if causal and not self.scoring.bias.key and context.memory.length == 0:
             return SDPAMask(is_causal=True, mask=None)
-        grids = self.scoring.grids(context, n_keys(context))
+        grids = self.scoring.grids(context, size)
         if grids.bias is None:
             return SDPAMask(is_causal=False, mask=grids.allowed)
         mask = torch.where(grids.allowed, grids.bias, float("-inf"))
