@@ -43,6 +43,11 @@ class Block(Module):
         slot: ClassVar[str] = "block"
         default_type: ClassVar[str | None] = "sequential"
 
+    def __init__(self, config: Config, dim: int, layer: Layer):
+        super().__init__()
+        self.attention = layer.attention.build(dim=dim, linear=layer.linear)
+        self.ffn = layer.ffn.build(dim=dim, linear=layer.linear)
+
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, dict[str, Tensor]]:
         carry = dict(context.carry)
         return self.run(x, context._replace(carry=carry)), carry
@@ -59,9 +64,7 @@ class SequentialBlock(Block):
         type: Literal["sequential"] = "sequential"
 
     def __init__(self, config: Config, dim: int, layer: Layer):
-        super().__init__()
-        self.attention = layer.attention.build(dim=dim, linear=layer.linear)
-        self.ffn = layer.ffn.build(dim=dim, linear=layer.linear)
+        super().__init__(config, dim, layer)
         self.attention_residual, self.ffn_residual = layer.residual.pair(dim, layer.norm, layer.n_layers)
 
     def run(self, x: Tensor, context: Context) -> Tensor:
@@ -79,9 +82,7 @@ class ParallelBlock(Block):
         type: Literal["parallel"] = "parallel"
 
     def __init__(self, config: Config, dim: int, layer: Layer):
-        super().__init__()
-        self.attention = layer.attention.build(dim=dim, linear=layer.linear)
-        self.ffn = layer.ffn.build(dim=dim, linear=layer.linear)
+        super().__init__(config, dim, layer)
         pair = cast("tuple[AdditiveResidual, AdditiveResidual]", layer.residual.pair(dim, layer.norm, layer.n_layers))
         self.attention_residual, self.ffn_residual = pair
 
@@ -100,9 +101,7 @@ class ParallelSharedNormBlock(Block):
         type: Literal["parallel_shared_norm"] = "parallel_shared_norm"
 
     def __init__(self, config: Config, dim: int, layer: Layer):
-        super().__init__()
-        self.attention = layer.attention.build(dim=dim, linear=layer.linear)
-        self.ffn = layer.ffn.build(dim=dim, linear=layer.linear)
+        super().__init__(config, dim, layer)
         self.residual = layer.residual.single(dim, layer.norm, layer.n_layers)
 
     def run(self, x: Tensor, context: Context) -> Tensor:

@@ -97,6 +97,14 @@ RULES: tuple[Rule, ...] = (
         "newest token, so that each token changes those before it",
     ),
     Rule(
+        "model.residual.type",
+        ("pre", "post", "peri", "sandwich_sum", "out_only", "admin"),
+        "warns of",
+        "model.norm.type",
+        ("none",),
+        "a placement of norms that has none",
+    ),
+    Rule(
         "model.embedding.position.type",
         ("learned", "sinusoidal"),
         "warns of",

@@ -14,18 +14,12 @@ from titan_lite.models.ffn.base import FFN
 from titan_lite.models.linear import Linear
 
 
-class GLU(FFN):
-    """down(act(gate(x)) * up(x)); sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU.
-
-    Source: arXiv 2002.05202.
-    """
+class Gated(FFN):
+    """The three matrices of a gated network. A subclass says what becomes of gate(x) and up(x) before down."""
 
     class Config(FFN.Config):
-        type: Literal["glu"] = "glu"
         hidden: PositiveInt = 768
         """Inner width F."""
-        activation: Activation = "silu"
-        """Applied to the gate."""
         bias: bool = False
         """Biases on all three matrices."""
 
@@ -34,35 +28,43 @@ class GLU(FFN):
         self.gate = linear.build(dim, config.hidden, bias=config.bias)
         self.up = linear.build(dim, config.hidden, bias=config.bias)
         self.down = linear.build(config.hidden, dim, start="residual", bias=config.bias)
+
+
+class GLU(Gated):
+    """down(act(gate(x)) * up(x)); sigmoid GLU, identity Bilinear, relu ReGLU, gelu GEGLU, silu SwiGLU.
+
+    Source: arXiv 2002.05202.
+    """
+
+    class Config(Gated.Config):
+        type: Literal["glu"] = "glu"
+        activation: Activation = "silu"
+        """Applied to the gate."""
+
+    def __init__(self, config: Config, dim: int, linear: Linear.Config):
+        super().__init__(config, dim, linear)
         self.activation = activation(config.activation)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         return self.down(self.activation(self.gate(x)) * self.up(x))
 
 
-class ClampedSwiGLU(FFN):
+class ClampedSwiGLU(Gated):
     """down((u + 1) * g * sigmoid(alpha * g)), g = min(gate(x), limit), u = up(x) clamped to [-limit, limit].
 
     Source: arXiv 2508.10925 (gpt-oss).
     """
 
-    class Config(FFN.Config):
+    class Config(Gated.Config):
         type: Literal["clamped_swiglu"] = "clamped_swiglu"
-        hidden: PositiveInt = 768
-        """Inner width F."""
         limit: PositiveFloat = 7.0
         """Bound of what is multiplied."""
         alpha: PositiveFloat = 1.702
         """Steepness of the sigmoid; 1.702 makes it close to GELU."""
-        bias: bool = False
-        """Biases on all three matrices."""
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
-        super().__init__()
+        super().__init__(config, dim, linear)
         self.limit, self.alpha = config.limit, config.alpha
-        self.gate = linear.build(dim, config.hidden, bias=config.bias)
-        self.up = linear.build(dim, config.hidden, bias=config.bias)
-        self.down = linear.build(config.hidden, dim, start="residual", bias=config.bias)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         gate = self.gate(x).clamp(max=self.limit)
