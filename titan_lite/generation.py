@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from titan_lite.models.context import LayerMemory, Memory
 from titan_lite.models.head.output import Output
 
 
-class LayerCache:
+class LayerCache(LayerMemory):
     """One layer's keys and values, (B, G, capacity, Dh), filled up to `cache.length`."""
 
     def __init__(self, cache: KVCache):
@@ -28,9 +29,14 @@ class LayerCache:
         self.k[:, :, start:stop], self.v[:, :, start:stop] = k, v
         return self.k[:, :, :stop], self.v[:, :, :stop]
 
+    def take(self, other: LayerCache, tokens: int) -> None:
+        """Writes what this call's `tokens` tokens have written into `other`."""
+        written = slice(self.cache.length, self.cache.length + tokens)
+        self.extend(other.k[:, :, written], other.v[:, :, written])
 
-class KVCache:
-    """Keys and values of every executed layer, for up to `capacity` tokens. A `Memory` of the model's forward."""
+
+class KVCache(Memory):
+    """Keys and values of every executed layer, for up to `capacity` tokens."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity
@@ -94,7 +100,7 @@ def generate(
     """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens.
 
     Tokens are below `vocab_size`, the tokenizer's: the model's own may have been rounded up. Ranks that share a sharded
-    model must go on with the same token: `agree` makes one of theirs.
+    model must go on with the same token, after the same iterations: `agree` makes one of theirs.
     """
     generator = torch.Generator().manual_seed(seed)
     cache = KVCache(len(prompt) + max_new_tokens)
@@ -102,7 +108,7 @@ def generate(
     for _ in range(max_new_tokens):
         # Decoding changes shapes with every token: compiled blocks run eagerly here.
         with torch.compiler.set_stance("force_eager"):
-            logits = model(tokens, memory=cache, consume=last_logits)
+            logits = model(tokens, memory=cache, consume=last_logits, agree=agree)
         cache.advance(tokens.shape[1])
         token = agree(sampling.draw(logits[0, -1, :vocab_size], generator))
         if token == end:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_
 
+from titan_lite.models.aux_loss import no_token_weight, token_weight, weighs_tokens
+from titan_lite.models.context import Iterations, Memory, TrainingFacts
 from titan_lite.models.dropout import Noise, drops, no_noise
+from titan_lite.models.flops import relative_flops
 from titan_lite.models.init import initialize
+from titan_lite.models.memory import LaneMemory
 from titan_lite.models.module import after_step
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
@@ -45,6 +49,14 @@ class Training:
     """Pure cross entropy, whatever is minimised."""
     noise: Callable[[int, Tensor], Noise | None]
     """From the step and a micro-batch's rows to what its dropout draws from; None where the model drops nothing."""
+    token_weight: Callable[[float], Tensor | None]
+    """From the targets of the global batch to one token's weight; None where no module asks for it."""
+    iterations: Callable[[int], Iterations | None]
+    """From the step to how often a recurrent stack iterates; None for other stacks."""
+    work: Callable[[Iterations | None], float]
+    """From a step's iterations to its FLOPs, in units of those expected on average."""
+    memory: LaneMemory
+    """What rows remember of the steps before."""
     max_norm: float
 
 
@@ -66,6 +78,8 @@ class StepTensors(NamedTuple):
     grad_norm: Tensor
     """Over all parameters, before clipping."""
     lr: float
+    work: float
+    """FLOPs per token, in units of what `training_flops_per_token` expects on average."""
 
 
 def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: bool = False) -> Training:
@@ -79,7 +93,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     precision.store(model, specs)
     parallelize(model, job, world, precision)
     if not blank:
-        initialize(model, specs, job.model.init.build(dim=job.model.dim, n_layers=job.model.n_layers), job.debug.seed)
+        initialize(model, specs, job.model.init.build(dim=job.model.dim, n_layers=job.model.depth()), job.debug.seed)
         model.embedding.warm_start()
         after_step(model, world.total_tensor)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
@@ -94,6 +108,12 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         objective=LanguageModeling(cross_entropy(z_loss=job.training.z_loss)),
         validation_objective=LanguageModeling(cross_entropy()),
         noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
+        token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
+        iterations=partial(model.stack.iterations, job.debug.seed),
+        work=cache(partial(relative_flops, model, specs, job.model.memory.span(job.training.seq_len))),
+        memory=job.model.memory.build(
+            layers=job.model.each_layer(), dim=job.model.dim, device=world.device, dtype=precision.param
+        ),
         max_norm=job.training.max_norm,
     )
 
@@ -104,18 +124,32 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     for group in training.optimizer.param_groups:
         group["lr"] = lr
     model = training.model
-    losses = (partial(mean_loss, training, batch, n_tokens, index) for batch in batches)
+    losses = (partial(remembered_loss, training, batch, n_tokens, index) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
     norm = clip_grad_norm_(model.parameters(), training.max_norm)
     training.optimizer.step()
     training.optimizer.zero_grad()
     after_step(model, training.world.total_tensor)
-    return StepTensors(training.world.total_tensor(loss), norm.full_tensor() if isinstance(norm, DTensor) else norm, lr)
+    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return StepTensors(training.world.total_tensor(loss), whole_norm, lr, training.work(training.iterations(index)))
 
 
-def mean_loss(training: Training, batch: MicroBatch, n_tokens: float, index: int) -> Tensor:
+def remembered_loss(training: Training, batch: MicroBatch, n_tokens: float, index: int) -> Tensor:
+    """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next."""
+    memory = training.memory.of(batch.rows)
+    loss = mean_loss(training, batch, n_tokens, index, memory)
+    if memory is not None:
+        memory.advance(batch.documents.to(training.world.device, non_blocking=True))
+    return loss
+
+
+def mean_loss(
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, memory: Memory | None = None
+) -> Tensor:
     """This micro-batch's share of the mean over the global batch of step `index`."""
     device = training.world.device
     tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch[:3])
-    noise = training.noise(index, batch.rows)
-    return training.objective(training.model, tokens, targets, documents, noise) / n_tokens
+    facts = TrainingFacts(
+        training.noise(index, batch.rows), training.token_weight(n_tokens), training.iterations(index)
+    )
+    return training.objective(training.model, tokens, targets, documents, facts, memory) / n_tokens

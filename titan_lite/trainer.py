@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
 from titan_lite.checkpoint.folder import list_steps
 from titan_lite.checkpoint.manager import CheckpointManager, Start
 from titan_lite.checkpoint.restore import read_train_state
-from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
+from titan_lite.checkpoint.state import (
+    materialize_optimizer_state,
+    memory_tensors,
+    model_tensors,
+    optimizer_tensors,
+)
 from titan_lite.checkpoint.world import agreed
 from titan_lite.config.errors import CROSS_FIELD, ConfigError
 from titan_lite.config.load import job_from_toml, to_toml
@@ -26,6 +32,7 @@ from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.loader import TrainBatches, data_fingerprint, train_batches, validation_batches
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.job import Job
+from titan_lite.models.module import collect_metrics
 from titan_lite.models.transformer import vocab_size_for
 from titan_lite.parallel.flight_recorder import set_up_flight_recorder
 from titan_lite.parallel.precision import Precision
@@ -131,15 +138,20 @@ class Trainer:
 
     def _accumulation(self) -> int:
         """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
-        size, ranks, local = self.progress.global_batch_size, self.world.dp_size, self.job.training.local_batch_size
+        local, share = self.job.training.local_batch_size, len(self._rows(self.progress.global_batch_size))
+        if share % local:
+            logger.warning("training.local_batch_size = %d does not divide the %d rows of each rank", local, share)
+        return -(-share // local)
+
+    def _rows(self, global_batch_size: int) -> range:
+        """This rank's share of the rows of each global batch, which are lanes of the data."""
+        size, ranks, rank = global_batch_size, self.world.dp_size, self.world.dp_rank
         if size % ranks:
             legal = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
             why = f"the run's global batch of {size} rows cannot be shared evenly by {ranks} data-parallel ranks"
             raise ConfigError.at("training.global_batch_size", why, size, f"{legal} ranks", code=CROSS_FIELD)
         share = size // ranks
-        if share % local:
-            logger.warning("training.local_batch_size = %d does not divide the %d rows of each rank", local, share)
-        return -(-share // local)
+        return range(rank * share, (rank + 1) * share)
 
     def _checkpoint_facts(self) -> CheckpointFacts:
         job = self.job
@@ -163,9 +175,12 @@ class Trainer:
 
     # ---- checkpoints
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         model, optimizer = self.training.model, self.training.optimizer
-        return model_tensors(model) | optimizer_tensors(model, optimizer)
+        if remembered is None:
+            remembered = self.training.memory.state(self._rows(self.progress.global_batch_size))
+        memory = memory_tensors(remembered, self.world.mesh)
+        return model_tensors(model) | optimizer_tensors(model, optimizer) | memory
 
     def _resume(self, start: Start) -> str:
         """Goes on where the newest checkpoint stopped, or starts from another run's weights; returns where from."""
@@ -177,9 +192,14 @@ class Trainer:
             self.checkpoints.load(start, model_tensors(self.training.model))
             return str(start.folder)
         with agreed(self.world):
-            self._check_lanes(read_train_state(start.folder))
+            saved = read_train_state(start.folder)
+            self._check_lanes(saved)
+            goes_on = not self._data_begin_anew()
+            rows = self._rows(saved["global_batch_size"] if goes_on else self.progress.global_batch_size)
         materialize_optimizer_state(self.training.optimizer)
-        state = self.checkpoints.load(start, self._tensors())
+        remembered = self.training.memory.state(rows)
+        state = self.checkpoints.load(start, self._tensors(remembered))
+        self.training.memory.restore(remembered, rows)
         if "cursors" not in state:  # left out: the data start again, in lanes and an order of this config
             state |= {"global_batch_size": self.progress.global_batch_size, "seed": self.progress.seed}
         if "optimizer" in self.job.checkpoint.exclude_from_loading:
@@ -190,7 +210,7 @@ class Trainer:
     def _check_lanes(self, state: dict[str, Any]) -> None:
         """The rows of the global batch are lanes of the data, drawn by the seed: both stay as the run began."""
         job = self.job
-        if {"dataloader", "train_state"} & set(job.checkpoint.exclude_from_loading):
+        if self._data_begin_anew():
             return
         given, saved = job.training.global_batch_size, state.get("global_batch_size")
         if given not in (-1, saved):
@@ -199,6 +219,9 @@ class Trainer:
         if job.debug.seed != state.get("seed"):
             why = "the checkpoint's data are in the order of another seed"
             raise ConfigError.at("debug.seed", why, job.debug.seed, str(state.get("seed")), code=CROSS_FIELD)
+
+    def _data_begin_anew(self) -> bool:
+        return bool({"dataloader", "train_state"} & set(self.job.checkpoint.exclude_from_loading))
 
     def _train_state(self) -> dict[str, Any]:
         """The progress as JSON, with the cursors of all ranks' lanes in order."""
@@ -218,8 +241,7 @@ class Trainer:
     def _batches(self) -> TrainBatches:
         """This rank's rows of each global batch from here on: a contiguous share of the lanes."""
         job, progress = self.job, self.progress
-        share = progress.global_batch_size // self.world.dp_size
-        rows = range(self.world.dp_rank * share, (self.world.dp_rank + 1) * share)
+        rows = self._rows(progress.global_batch_size)
         self.cursors = None if progress.cursors is None else [progress.cursors[row] for row in rows]
         return train_batches(
             job.data,
@@ -279,8 +301,8 @@ class Trainer:
             self._after_step(result, int(tokens), data_seconds, time.perf_counter() - began)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        size, share = self.job.training.local_batch_size, len(batch.tokens)
-        rows = torch.arange(self.world.dp_rank * share, (self.world.dp_rank + 1) * share)
+        size, mine = self.job.training.local_batch_size, self._rows(self.progress.global_batch_size)
+        rows = torch.arange(mine.start, mine.stop)
         whole = (batch.tokens, batch.targets, batch.documents, rows)
         return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
 
@@ -300,6 +322,8 @@ class Trainer:
                 tokens=tokens,
                 data_seconds=data_seconds,
                 step_seconds=step_seconds,
+                work=tensors.work,
+                extra=partial(collect_metrics, self.training.model, self.world.total_tensor),
             )
         )
         last = progress.step == job.training.steps

@@ -44,6 +44,12 @@ class Covering:
                 self._forbid((factor.key, level.name), factor.around, lambda name, needs=level.needs: name not in needs)
             if factor.around:
                 self._forbid((factor.key, ABSENT), factor.around, lambda name, having=factor.having: name in having)
+        self.around = {
+            self.bit[key, name]: self.domain[factor.around] & self.fits[self.bit[key, name]]
+            for key, factor in factors.items()
+            for name in (levels[key] if factor.around else ())
+        }
+        """Setting in the table of a slot -> the slot's levels that have it."""
         self.larger: list[int] = []
         """Nogoods of more than two settings."""
         self.missing = dict.fromkeys(self.fits, 0)
@@ -131,6 +137,9 @@ class Covering:
         before = -1
         while allowed != before:
             before = allowed
+            for bit, slots in self.around.items():
+                if allowed & bit and not allowed & slots:
+                    allowed &= ~bit
             for domain in self.domain.values():
                 mask = domain & allowed
                 if not mask:

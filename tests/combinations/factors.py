@@ -44,11 +44,13 @@ SIZES: dict[str, Any] = {
     "hidden": 24,
     "width": 16,
     "window": 5,
+    "length": 3,
     "max_len": 16,
     "original_max_len": 12,
     "factor": 2.0,
     "value": 0.5,
     "cap": 5.0,
+    "schedule": [0, 0],
 }
 """Values for keys that must be given, and for widths, in a tiny model."""
 
@@ -60,6 +62,7 @@ COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
 """Keys of the same table without which a value has no effect."""
 
 TABLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("stack", "recurrent"): {"type": "recurrent", "prelude": 1, "coda": 0, "mean_iterations": 2},
     ("init", "zeros"): {"type": "normal", "rules": [{"role": "hidden", "match": "*.q*", "init": "zeros"}]},
 }
 """(slot, choice): the table to make it with, where it is no choice for a whole model."""

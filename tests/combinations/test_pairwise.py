@@ -19,7 +19,7 @@ from tests.combinations.covering import Covering
 from tests.combinations.factors import ABSENT, VOCAB, factors, plain_row, write_files
 from tests.combinations.refusals import job_of, refused
 from titan_lite.calibration import calibrate
-from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
+from titan_lite.checkpoint.state import materialize_optimizer_state, memory_tensors, model_tensors, optimizer_tensors
 from titan_lite.config.check import tables_of
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import NOT_HERE, ConfigError
@@ -27,6 +27,7 @@ from titan_lite.config.features import places
 from titan_lite.config.load import job_from_dict
 from titan_lite.generation import KVCache
 from titan_lite.job import Job
+from titan_lite.models.ffn import MoE
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
@@ -34,10 +35,13 @@ from titan_lite.step import MicroBatch, Training, build, step
 
 ATOL = 1e-5
 """fp32, two layers: logits that are decoded with a cache against those without."""
+ROUNDING = 1e-5
+"""fp32: logits of about one unit, sums in another order."""
 STEPS = 3
 T, TO_DECODE = 16, 12
 """Tokens in training; tokens of a text whose keys may be cached: where a rotation grows with the text, it begins to
 behind them, and hidden states of earlier tokens are then those of another model."""
+ROWS = range(4)
 SHARDS = 8
 """Tests over which the models are spread."""
 
@@ -166,7 +170,8 @@ def reloads_bitwise(job: Job, training: Training, folder: Path) -> None:
     """Through the checkpoint code; the next step is the same to the bit."""
 
     def tensors(of: Training) -> dict[str, torch.Tensor]:
-        return model_tensors(of.model) | optimizer_tensors(of.model, of.optimizer)
+        memory = memory_tensors(of.memory.state(ROWS), of.world.mesh)
+        return model_tensors(of.model) | optimizer_tensors(of.model, of.optimizer) | memory
 
     def weights(of: Training) -> dict[str, torch.Tensor]:
         return {name: tensor.detach() for name, tensor in (*of.model.named_parameters(), *of.model.named_buffers())}
@@ -176,6 +181,7 @@ def reloads_bitwise(job: Job, training: Training, folder: Path) -> None:
     materialize_optimizer_state(again.optimizer)
     for weight in weights(again).values():
         weight.fill_(math.nan if weight.is_floating_point() else -1)
+    again.memory.restore(again.memory.state(ROWS), ROWS)
     manager = make_manager(folder)
     start = manager.start()
     assert start is not None
@@ -202,5 +208,8 @@ def changes_nothing_before(model: Transformer, changed: int = 10) -> None:
     tokens = batch.tokens.clone()
     tokens[:, changed] = (tokens[:, changed] + 1) % VOCAB
     before, after = model(batch.tokens, batch.documents), model(tokens, batch.documents)
-    expect(torch.equal(before[:, :changed], after[:, :changed]), "a token changes what is before it")
+    # An expert multiplies all its rows at once: where one of them goes elsewhere, others may be rounded differently.
+    rounding = ROUNDING if any(isinstance(module, MoE) for module in model.modules()) else 0.0
+    moved = (before - after)[:, :changed].abs().max()
+    expect(bool(moved <= rounding), "a token changes what is before it")
     expect(not torch.equal(before[:, changed:], after[:, changed:]), "a token changes nothing")

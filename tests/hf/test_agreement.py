@@ -40,6 +40,10 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "opt 350m": ("opt", "opt", "debug350m", {}),
     "stablelm": ("stablelm", "stablelm", "", {}),
     "granite": ("granite", "granite", "", {}),
+    "mixtral": ("mixtral", "mixtral", "", {}),
+    "qwen3_moe": ("qwen3_moe", "qwen3_moe", "", {}),
+    "qwen3_moe, weights as they are": ("qwen3_moe", "qwen3_moe", "", {"ffn": {"router": {"normalize": False}}}),
+    "gpt_oss": ("gpt_oss", "gpt_oss", "", {"ffn": {"experts": {"limit": 1.0}}}),
     "mega": ("llama", "mega", "", {}),
     "mega gpt2_small": ("gpt2", "mega", "gpt2_small", {"dim": 96, "ffn": {"hidden": 160}}),
     "mu": ("arcee", "mu", "", {}),
@@ -75,7 +79,7 @@ def _back_is_where_we_were(pair: Twins) -> None:
     assert list(differences(absorbed(normal_form(pair.config), image), image)) == []
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "opt 350m"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt_neox", "opt 350m", "mixtral", "gpt_oss"])
 def test_gradients_are_those_of_transformers(name: str) -> None:
     pair = family_twins(name)
     tokens = random_tokens(40)

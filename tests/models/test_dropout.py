@@ -15,6 +15,7 @@ from benchmarks.measure import DispatchedOps
 from tests.models.tiny import VOCAB, tiny_model
 from tests.runs import CPU, Run, train
 from titan_lite.config.load import job_from_dict
+from titan_lite.models.context import TrainingFacts
 from titan_lite.models.dropout import Dropout, NoDropout, Noise, dropout, drops, no_noise
 from titan_lite.run.signals import StopFlag
 from titan_lite.trainer import Trainer
@@ -167,7 +168,7 @@ def test_off_is_no_operation():
 def test_every_place_drops_in_training_only(place: str):
     model = tiny_model(**{place: DROPPING[place]})
     tokens = torch.randint(VOCAB, (4, 16))
-    draws = [model(tokens, noise=noise(range(4), step=index)) for index in (0, 0, 1)]
+    draws = [model(tokens, facts=TrainingFacts(noise(range(4), step=index))) for index in (0, 0, 1)]
     assert torch.equal(draws[0], draws[1])
     assert not torch.allclose(draws[0], draws[2], atol=1e-4)
     assert not torch.allclose(draws[0], model(tokens), atol=1e-4)

@@ -27,6 +27,6 @@ def tiny_model(seed: int = 0, **changes: Any) -> Transformer:
     """An initialised model of `tiny_config`, in eval mode."""
     config = tiny_config(**changes)
     model = config.build(vocab_size=VOCAB)
-    initialize(model, collect_specs(model), config.init.build(dim=config.dim, n_layers=config.n_layers), seed)
+    initialize(model, collect_specs(model), config.init.build(dim=config.dim, n_layers=config.depth()), seed)
     after_step(model, total=lambda tensor: tensor)
     return model.eval()

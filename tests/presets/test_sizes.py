@@ -57,6 +57,9 @@ PUBLISHED = {
         "pythia-6.9b": 6_857_302_016,
         "pythia-12b": 11_846_072_320,
     },
+    "mixtral": {"8x7B": 46_702_792_704, "8x22B": 140_620_634_112},
+    "qwen3_moe": {"30B-A3B": 30_532_122_624, "235B-A22B": 235_093_634_560},
+    "gpt_oss": {"20b": 20_914_757_184, "120b": 116_829_156_672},
     # With the two rows of positions that only transformers has.
     "opt": {
         "125m": 125_239_296,
@@ -71,8 +74,8 @@ ROUNDED = {
     "granite": {"2b": "2.5B", "8b": "8.2B"},  # the model cards; 8b is "8.1B" there, cut and not rounded
     "opt": {"30b": "30B", "66b": "66B"},
     "lswt": {"tiny": "125M", "medium": "551M"},
-    "mega": {"gpt2_small": "124M", "modern_small": "148M", "modern_medium": "536M"},
-    "ngpt": {"0.5B": "0.5B", "gpt_0.5B": "0.5B"},
+    "mega": {"gpt2_small": "124M", "modern_small": "148M", "modern_medium": "536M", "recurrent_small": "0.1B"},
+    "ngpt": {"0.5B": "0.5B", "gpt_0.5B": "0.5B", "0.5B_shared_attention": "0.4B"},
     "from_scratch": {"181M": "181M"},
 }
 """Where sources give no more digits."""
@@ -93,6 +96,9 @@ TWINS = {
     "opt": "opt",
     "stablelm": "stablelm",
     "granite": "granite",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "gpt_oss": "gpt_oss",
 }
 """Families of transformers' and their model_type there."""
 
@@ -192,6 +198,9 @@ NUMBERS = {
     "stablelm": (1e4, 1e-5, None, {}),
     "granite": (5e6, 1e-5, None, {"8b": (1e7, 1e-5, None)}),
     "gpt_neox": (1e4, 1e-5, None, {}),
+    "mixtral": (1e6, 1e-5, None, {}),
+    "qwen3_moe": (1e6, 1e-6, None, {}),
+    "gpt_oss": (150000.0, 1e-5, 128, {}),
 }
 
 

@@ -38,7 +38,7 @@ def test_a_step_has_exactly_the_contract_keys_and_exact_numbers(tmp_path: Path) 
     hook = MetricsHook(1, [JsonLines(path)], torch.device("cpu"))
     hook.on_start(run_facts(tmp_path, peak_flops=None))
     loss = torch.tensor(2 / 3)
-    hook.on_step(step_result(1, loss=loss, extra={"z_loss": 1 / 7}))
+    hook.on_step(step_result(1, loss=loss, extra=lambda: {"z_loss": 1 / 7}))
     (line,) = lines(path)  # before the end: every line is flushed
     assert list(line) == [*KEYS, "z_loss"]
     assert line["loss"] == loss.item()

@@ -80,7 +80,7 @@ def test_real_tensors_are_read_exactly(tmp_path: Path) -> None:
     hook = MetricsHook(1, [recorder], CPU)
     hook.on_start(run_facts(tmp_path))
     loss, norm, aux = torch.tensor(1 / 3), torch.tensor(1e-3), torch.tensor(7, dtype=torch.int64)
-    hook.on_step(step_result(1, loss=loss, grad_norm=norm, extra={"aux": aux, "host": 0.25}))
+    hook.on_step(step_result(1, loss=loss, grad_norm=norm, extra=lambda: {"aux": aux, "host": 0.25}))
     (row,) = recorder.steps
     assert (row.loss, row.grad_norm) == (loss.item(), norm.item())
     assert row.extra == {"aux": 7, "host": 0.25}
@@ -106,6 +106,18 @@ def test_rates_are_those_of_the_window_alone(tmp_path: Path) -> None:
     assert second.tflops == pytest.approx(1e9 * 3000 / seconds / 2 / 1e12)
     assert second.mfu == pytest.approx(1e9 * 3000 / seconds / 2 / 1e12)
     assert recorder.validations[0].tokens_per_second == 5000 / 10 / 2
+
+
+def test_flops_are_those_that_steps_computed(tmp_path: Path) -> None:
+    """1000 tokens with half of the expected FLOPs and 3000 with twice as many: 6500 tokens' worth in a second."""
+    recorder = Recorder()
+    hook = MetricsHook(3, [recorder], CPU, Clock())
+    hook.on_start(run_facts(tmp_path, steps=3, world_size=2, flops_per_token=1e9))
+    hook.on_step(step_result(1, work=7.0))
+    hook.on_step(step_result(2, tokens=1000, step_seconds=0.5, work=0.5))
+    hook.on_step(step_result(3, tokens=3000, step_seconds=0.5, work=2.0))
+    assert recorder.steps[-1].tokens_per_second == 2000
+    assert recorder.steps[-1].tflops == pytest.approx(6500 * 1e9 / 2 / 1e12)
 
 
 def test_mfu_is_unknown_without_a_peak(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 # torchtitan's names for the parts of a checkpoint, as `exclude_from_loading` takes them
 PARTS = {"optimizer": "optim", "dataloader": "cursors"}
 CURSORS = PARTS["dataloader"]
+MEMORY = "memory"
 TRAIN_STATE = "train_state"
 STEP = "step"
 
@@ -143,6 +144,8 @@ class CheckpointManager:
             index = read_index(start.folder, manifest)
             state = {} if start.model_only else read_train_state(start.folder)
         parts = self._excluded(start, [*index, *tensors, *state])
+        if {CURSORS, TRAIN_STATE} & set(parts):
+            parts = [*parts, MEMORY]  # where lanes begin anew there is nothing to remember
         load_verified(start.folder, index, tensors, self.world, start.model_only, parts)
         if start.resume:
             self.run_id, self.parent = manifest.run_id, manifest.step

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_lite.models.spec import named_state
 
@@ -20,6 +24,17 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for name, parameter in model.named_parameters()
         for slot, value in optimizer.state.get(parameter, {}).items()  # a frozen one has none
     }
+
+
+def memory_tensors(state: Mapping[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
+    """What lanes remember as `memory.<name>`: this rank's rows, as part of the global batch's, in the order of ranks.
+
+    `mesh` has all ranks, which hold equally many rows; None = there is one.
+    """
+    if mesh is None:
+        return {f"memory.{name}": tensor for name, tensor in state.items()}
+    rows = [Shard(0)] * mesh.ndim
+    return {f"memory.{name}": DTensor.from_local(tensor, mesh, rows, run_check=False) for name, tensor in state.items()}
 
 
 def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

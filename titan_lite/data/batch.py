@@ -19,7 +19,8 @@ class Batch:
     targets: torch.Tensor
     """(R, T) int64, the token after each input, or IGNORE."""
     documents: torch.Tensor
-    """(R, T) int32: 0 for the document that a row begins in, 1 for the next one, ..."""
+    """(R, T) int32: 0 for the document that the lane's row before ended in, 1 for the next one, ... For validation,
+    whose rows are no lanes: 0 for the one that a row begins in."""
     cursors: list[dict[str, int]]
     """One JSON-able cursor per row: where the row goes on after this batch (none for validation)."""
     dropped: int = 0

@@ -95,12 +95,15 @@ class Lane:
         self._open = False
 
     def next_row(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """((T + 1,) tokens, (T,) document numbers); the last token is the first of the next row."""
+        """((T + 1,) tokens, (T,) document numbers); the last token is the first of the next row.
+
+        Documents are counted from the one that the row before ended in, which is 0.
+        """
         if not self._open:
             self._go_to_cursor()
         tokens = np.empty(self._seq_len + 1, dtype=np.int64)
         documents = np.empty(self._seq_len + 1, dtype=np.int32)
-        filled = document = 0
+        filled, document = 0, int(self._piece == self._at == 0)
         while True:
             n = min(len(tokens) - filled, len(self._ids) - self._at)
             tokens[filled : filled + n] = self._ids[self._at : self._at + n]

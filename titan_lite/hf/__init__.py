@@ -10,6 +10,7 @@ from titan_lite.hf.gpt_neox import GPT_NEOX
 from titan_lite.hf.granite import GRANITE
 from titan_lite.hf.llama import LLAMA
 from titan_lite.hf.mistral import MISTRAL
+from titan_lite.hf.moe import GPT_OSS, MIXTRAL, QWEN3_MOE
 from titan_lite.hf.olmo2 import OLMO2
 from titan_lite.hf.opt import OPT
 from titan_lite.hf.qwen import QWEN2, QWEN3
@@ -34,6 +35,9 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         GPT2,
         GPT_NEOX,
         OPT,
+        MIXTRAL,
+        QWEN3_MOE,
+        GPT_OSS,
     )
 }
 """By transformers' `model_type`; of two that can express a model, the simpler comes first."""

@@ -51,13 +51,15 @@ class LlamaLike(Architecture):
         yield from self.attention_rules(
             f"{mine}.attention", f"{other}.self_attn", ours.attention, theirs.attention, dim
         )
-        ffn: Any = ours.ffn
-        image: Any = theirs.ffn
-        widths = {"gate": ffn.hidden, "up": ffn.hidden, "down": dim}
-        if ffn.type == "mlp":
+        yield from self.ffn_rules(f"{mine}.ffn", f"{other}.mlp", ours.ffn, theirs.ffn, dim)
+
+    def ffn_rules(self, ours: str, theirs: str, config: Any, image: Any, dim: int) -> Iterator[Rule]:
+        """Those of the feed-forward branch."""
+        widths = {"gate": config.hidden, "up": config.hidden, "down": dim}
+        if config.type == "mlp":
             del widths["gate"]
         for name, width in widths.items():
-            yield from linear(f"{mine}.ffn.{name}", f"{other}.mlp.{name}_proj", ffn.bias, image.bias, width)
+            yield from linear(f"{ours}.{name}", f"{theirs}.{name}_proj", config.bias, image.bias, width)
 
     def attention_rules(self, ours: str, theirs: str, config: Any, image: Any, dim: int) -> Iterator[Rule]:
         """Those of the attention."""

@@ -35,7 +35,7 @@ def _layer(layer: Layer, dim: int) -> Tables:
     return {
         "block": layer.block.model_dump(),
         "attention": _attention(layer.attention, dim),
-        "ffn": layer.ffn.model_dump(),
+        "ffn": _without(layer.ffn.model_dump(), "balance"),
         "residual": _without(layer.residual.model_dump(), "dropout"),
         "norm": layer.norm.model_dump(),
         "linear": layer.linear.model_dump(),

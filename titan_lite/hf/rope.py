@@ -48,6 +48,8 @@ def rope_parameters(position: Mapping[str, Any]) -> Tables:
     scaling = position.get("scaling", {"type": "none"})
     name, keys = SCALINGS.get(scaling["type"], SCALINGS["none"])
     given = {theirs: scaling[ours] for ours, theirs in keys.items() if scaling[ours]}
+    if scaling.get("truncate") is False:
+        given["truncate"] = False
     return {"rope_type": name, "rope_theta": position.get("theta", 10000.0), **given}
 
 
@@ -57,6 +59,8 @@ def position(parameters: Mapping[str, Any]) -> Tables:
     keys = SCALINGS[ours][1]
     given = {key: parameters[theirs] for key, theirs in keys.items() if parameters.get(theirs)}
     whole = {key: int(value) if key == "original_max_len" else float(value) for key, value in given.items()}
+    if ours == "yarn":
+        whole["truncate"] = parameters.get("truncate", True)
     return {"type": "rope", "theta": float(parameters["rope_theta"]), "scaling": {"type": ours, **whole}}
 
 

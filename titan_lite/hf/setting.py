@@ -115,17 +115,18 @@ _OURS: Final = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
 
 @dataclass(frozen=True)
 class Activation:
-    """model.ffn.activation."""
+    """model.ffn.activation, or that of experts."""
 
     theirs: str = "hidden_act"
+    ours: str = "ffn.activation"
 
     def to_hf(self, model: View) -> Tables:
-        value = model.get("ffn.activation")
+        value = model.get(self.ours)
         return {} if value is None else {self.theirs: ACTIVATIONS.get(value, value)}
 
     def from_hf(self, settings: Mapping[str, Any]) -> Tables:
         name = settings.get(self.theirs)
-        return {} if name is None else nested("ffn.activation", _OURS.get(SYNONYMS.get(name, name), "identity"))
+        return {} if name is None else nested(self.ours, _OURS.get(SYNONYMS.get(name, name), "identity"))
 
 
 def bias(theirs: str, *projections: str) -> Key:

@@ -28,7 +28,7 @@ class Layer:
     norm: Norm.Config
     linear: Linear.Config
     n_layers: int
-    """Executed layers of the whole model."""
+    """Executed layers of the whole model, on average."""
 
 
 class Block(Module):

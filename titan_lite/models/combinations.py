@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem, show
 from titan_lite.models.attention import GroupedAttention, ValueResidual
+from titan_lite.models.attention.kernel.flash import FlashAttention
+from titan_lite.models.attention.mask import Documents, SlidingWindow
 from titan_lite.models.layers import SLOTS, Variant, variants
+from titan_lite.models.memory import XL
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -38,6 +41,10 @@ def _ngpt(verb: Verb, other: str, others: tuple[Any, ...], why: str) -> Rule:
     return Rule("model.residual.type", ("ngpt",), verb, other, others, why)
 
 
+def _recurrent(verb: Verb, other: str, others: tuple[Any, ...], why: str) -> Rule:
+    return Rule("model.stack.type", ("recurrent",), verb, other, others, why)
+
+
 _ONE_LENGTH = "every vector of nGPT's stream and weights has length 1"
 _NORMS = ("model.norm.type", "model.final_norm.type", "model.embedding.norm.type")
 _BIASES = ("model.attention.bias", "model.ffn.bias", "model.head.bias")
@@ -49,6 +56,7 @@ NGPT: tuple[Rule, ...] = (
     *(_ngpt("excludes", key, (True, "q", "k", "v", "o"), "it has no biases") for key in _BIASES),
     *(_ngpt("needs", key, (0.0,), f"it has no dropout: {_ONE_LENGTH}") for key in _DROPOUTS),
     _ngpt("needs", "model.residual.scale.type", ("none",), "a branch's length does not matter, its scale is alpha"),
+    _ngpt("excludes", "model.ffn.type", ("moe", "peer"), f"how experts keep it is not published: {_ONE_LENGTH}"),
     _ngpt("needs", "optimizer.weight_decay", (0.0,), f"there is nothing to decay: {_ONE_LENGTH}"),
     Rule(
         "model.linear.type",
@@ -69,8 +77,31 @@ NGPT: tuple[Rule, ...] = (
     ),
 )
 
+# Source: arXiv 2502.05171.
+RECURRENT: tuple[Rule, ...] = (
+    _recurrent(
+        "excludes",
+        "model.residual.type",
+        ("ngpt", "admin", "none"),
+        "its core runs any number of times, and has to keep the size of the state by itself: with sandwich_sum, best",
+    ),
+    _recurrent(
+        "needs",
+        "model.final_norm.type",
+        ("none",),
+        "it applies one norm of its own, made as all others are, before its coda and behind it",
+    ),
+    _recurrent(
+        "warns of",
+        "model.residual.scale.type",
+        ("rezero",),
+        "at first, when every layer is the identity, an iteration is nothing but the adapter",
+    ),
+)
+
 RULES: tuple[Rule, ...] = (
     *NGPT,
+    *RECURRENT,
     Rule(
         "model.block.type",
         ("parallel",),
@@ -105,12 +136,38 @@ RULES: tuple[Rule, ...] = (
         "a placement of norms that has none",
     ),
     Rule(
+        "model.attention.position.direction",
+        ("reversed",),
+        "excludes",
+        "model.attention.registers.type",
+        ("learned",),
+        "registers are not turned, so that their scores depend on where positions are counted from: there, on the "
+        'newest token, so that each token changes those before it ("forward" is the same model with halves of heads '
+        "swapped)",
+    ),
+    Rule(
         "model.embedding.position.type",
         ("learned", "sinusoidal"),
         "warns of",
         "model.attention.position.type",
         ("rope", "alibi"),
         "positions are told twice",
+    ),
+    Rule(
+        "model.memory.type",
+        ("xl",),
+        "excludes",
+        "model.embedding.position.type",
+        ("learned", "sinusoidal"),
+        "positions are given out anew in each segment, and remembered tokens were embedded with others",
+    ),
+    Rule(
+        "model.memory.type",
+        ("xl",),
+        "excludes",
+        "model.stack.type",
+        ("recurrent",),
+        "iterations of a step have none of the step before to continue: their number changes",
     ),
 )
 
@@ -179,7 +236,33 @@ def _values_of_one_shape(settings: Settings) -> Iterator[Problem]:
             yield Problem(CROSS_FIELD, settings.key("model.attention.value_mix.type"), why, "residual", allowed)
 
 
-CHECKS: tuple[Check, ...] = (_residual_everywhere, _values_of_one_shape)
+def _what_memory_needs(settings: Settings) -> Iterator[Problem]:
+    """Memory is read through the masks of each layer, as keys and values of heads."""
+    memory, attention = settings.job.model.memory, settings.variant.layer.attention
+    if not isinstance(memory, XL.Config):
+        return
+    if not isinstance(attention, GroupedAttention.Config):
+        kind = show(attention.model_dump()["type"])
+        why = f"remembers keys and values of heads, which {settings.key('model.attention')}.type = {kind} does not make"
+        yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, '"none", or attention in grouped heads')
+        return
+    if isinstance(attention.kernel, FlashAttention.Config):
+        why = f'does not go with {settings.key("model.attention")}.kernel.type = "flash_attn", which cannot leave out '
+        why += "what is not remembered yet"
+        allowed = '"none", or the kernel "sdpa", "flex" or "eager"'
+        yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, allowed)
+    for index, mask in enumerate(attention.masks):
+        key = settings.key(f"model.attention.masks[{index}]")
+        if isinstance(mask, Documents.Config) and not memory.reset_on_bos:
+            why = f'does not go with {key}.type = "document": what is remembered has no document'
+            allowed = "true, or masks without documents"
+            yield Problem(CROSS_FIELD, "model.memory.reset_on_bos", why, False, allowed)
+        if isinstance(mask, SlidingWindow.Config) and memory.length > mask.window - 1:
+            why = f"is more than {key}.window = {mask.window} lets any token see of those before it"
+            yield Problem(CROSS_FIELD, "model.memory.length", why, memory.length, f"at most {mask.window - 1}")
+
+
+CHECKS: tuple[Check, ...] = (_residual_everywhere, _values_of_one_shape, _what_memory_needs)
 """Rules that are no row: they compute something."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -9,11 +10,53 @@ from torch import Tensor
 from titan_lite.models.dropout import Noise
 
 
+class Iterations(NamedTuple):
+    """How often a training step runs a core that is iterated."""
+
+    ungraded: int
+    """First iterations, which backward does not go through."""
+    graded: int
+    """The others."""
+
+
+class EarlyExit(NamedTuple):
+    """What decoding needs to stop iterating early."""
+
+    look: Callable[[Tensor], Tensor]
+    """From the stack's result (B, T, D) to the logits (B, V) of the next token."""
+    agree: Callable[[int], int]
+    """Makes one decision of those of all ranks that share a model."""
+
+
+class Projects(Protocol):
+    """An attention, as its memory sees it."""
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, heads, T, width) of x (B, T, D)."""
+        ...
+
+    def project_beside(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x (B, T, D); keys and values of `before` (B, C, D) and x together, C + T of them."""
+        ...
+
+
 class LayerMemory(Protocol):
     """Where one layer's keys and values go between calls."""
 
+    def project(self, attention: Projects, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of this call's x (B, T, D), with keys and values of x and of what the memory holds of inputs."""
+        return attention.project(x)
+
+    def leave(self, x: Tensor, k: Tensor, v: Tensor, carry: dict[str, Tensor]) -> None:
+        """Puts into `carry` what `Memory.keep` is to find: of the inputs, or of the keys before their positions."""
+        return
+
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Adds this call's keys and values (B, G, T, Dh) and returns all that queries may attend to."""
+        ...
+
+    def take(self, other: Any, tokens: int) -> None:
+        """Adds, of the layer that `other` belongs to, what this call's `tokens` tokens added there."""
         ...
 
 
@@ -21,15 +64,25 @@ class Memory(Protocol):
     """What earlier calls left for this one."""
 
     length: int
-    """Tokens seen before this call."""
+    """Tokens before those of this call."""
+    plain_keys: bool = False
+    """Whether positions act on all keys in each call: keys are remembered without, since their positions change."""
 
     def layer(self, index: int) -> LayerMemory:
         """The part that belongs to executed layer `index`."""
         ...
 
+    def first_key(self, documents: Tensor | None) -> Tensor | None:
+        """`Context.first_key` of a forward over tokens of `documents` (B, T)."""
+        return None
 
-class NoMemory:
-    """Training and plain forward passes: nothing came before, nothing is kept."""
+    def keep(self, index: int, carry: dict[str, Tensor]) -> None:
+        """Takes what executed layer `index` left in `carry` out of it. Outside of blocks, which may run twice."""
+        return
+
+
+class NoMemory(Memory, LayerMemory):
+    """Plain forward passes, and training without memory: nothing came before, nothing is kept."""
 
     length = 0
 
@@ -38,6 +91,25 @@ class NoMemory:
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return k, v
+
+    def take(self, other: NoMemory, tokens: int) -> None:
+        pass
+
+
+class TrainingFacts(NamedTuple):
+    """What training tells the model beside a micro-batch's tokens; each fact only where some part asks for it."""
+
+    noise: Noise | None = None
+    """What dropout draws from; None = nothing is dropped."""
+    token_weight: Tensor | None = None
+    """0-dim, 1 / targets of the global batch: the weight of one token in the objective, for auxiliary losses. None
+    outside training, where nothing is counted either."""
+    iterations: Iterations | None = None
+    """For a recurrent stack; None = as often as outside training."""
+
+
+NOT_TRAINING = TrainingFacts()
+"""Validation and decoding."""
 
 
 class Context(NamedTuple):
@@ -55,8 +127,17 @@ class Context(NamedTuple):
     """What position encodings and attention kernels compute once per forward, by the key they chose."""
     carry: dict[str, Tensor]
     """What earlier layers of this forward left, by the name of the feature. A layer may add to it: see `Block`."""
+    token_weight: Tensor | None = None
+    """See `TrainingFacts`."""
+    iterations: Iterations | None = None
+    """For the stack alone: see `TrainingFacts`."""
+    early_exit: EarlyExit | None = None
+    """For the stack alone; None = nobody stops early."""
+    first_key: Tensor | None = None
+    """(B,), or (1,) for all rows: keys before this one are none of the row's, whatever masks say; None = all are."""
 
     def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
         """The context of executed layer `index`, given what those before it left."""
         noise = None if self.noise is None else self.noise.layer(index)
-        return self._replace(memory=self.memory.layer(index), noise=noise, carry=carry)
+        memory = self.memory.layer(index)
+        return self._replace(memory=memory, noise=noise, carry=carry, iterations=None, early_exit=None)

@@ -68,29 +68,24 @@ class NoDropout(nn.Module):
         return x
 
 
-class Dropout(nn.Module):
-    """(B, ...) with each element zeroed with probability p and the others divided by 1 - p. Source: arXiv 1207.0580.
+class Draw(nn.Module):
+    """Random bits of elements, a function of what they are; `place` tells its draws from those of other places."""
 
-    Takes 8 bytes per element while it works, and 1 until backward.
-    """
-
-    def __init__(self, p: float, place: str):
+    def __init__(self, place: str):
         super().__init__()
-        self.factor = 1 / (1 - p)
-        self.threshold = _signed(int(p * 2**32) - 2**31, 32)
         self.salt = _signed(xxhash.xxh64_intdigest(place.encode()))
 
-    def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
-        if noise is None:
-            return x
-        keep = self.bits(noise, math.prod(x.shape[1:])) >= self.threshold  # (B, size)
-        return x * keep.view(x.shape) * self.factor
-
     def bits(self, noise: Noise, size: int) -> Tensor:
-        """(B, size) int32 whose high bits are random: two keyed rounds of a hash of the element's number in its row."""
+        """(B, size) int32: `bits_of` the numbers 0, 1, 2..."""
+        return self.bits_of(noise, torch.arange(size, dtype=torch.int32, device=noise.rows.device))
+
+    def bits_of(self, noise: Noise, number: Tensor) -> Tensor:
+        """(B, size) int32 whose high bits are random: two keyed rounds of a hash of each element's number in its row.
+
+        `number` (size,) int32 is overwritten.
+        """
         row = _mixed(noise.key ^ _mixed(noise.rows ^ self.salt))  # (B,)
         first, second = ((row << 32) >> 32).to(torch.int32), (row >> 32).to(torch.int32)
-        number = torch.arange(size, dtype=torch.int32, device=noise.rows.device)
         # Numbers that follow each other are spread first: rows whose keys differ in low bits would else be permutations
         # of each other. The constants are lowbias32's, found by search for an even spread.
         x = _round_(_round_(number, 16, 0x7FEB352D), 15, 0x846CA68B)
@@ -98,6 +93,24 @@ class Dropout(nn.Module):
         x = _round_(x, 16, 0x7FEB352D)
         x.bitwise_xor_(_shifted(x, 15)).bitwise_xor_(second[:, None])
         return x.mul_(_signed(0x846CA68B, 32))
+
+
+class Dropout(Draw):
+    """(B, ...) with each element zeroed with probability p and the others divided by 1 - p. Source: arXiv 1207.0580.
+
+    Takes 8 bytes per element while it works, and 1 until backward.
+    """
+
+    def __init__(self, p: float, place: str):
+        super().__init__(place)
+        self.factor = 1 / (1 - p)
+        self.threshold = _signed(int(p * 2**32) - 2**31, 32)
+
+    def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
+        if noise is None:
+            return x
+        keep = self.bits(noise, math.prod(x.shape[1:])) >= self.threshold  # (B, size)
+        return x * keep.view(x.shape) * self.factor
 
 
 def _round_(x: Tensor, shift: int, factor: int) -> Tensor:
@@ -111,5 +124,5 @@ def dropout(p: float, place: str) -> NoDropout | Dropout:
 
 
 def drops(model: nn.Module) -> bool:
-    """Whether any part of the model drops anything."""
-    return any(isinstance(module, Dropout) for module in model.modules())
+    """Whether any part of the model drops, or else draws, anything in training."""
+    return any(isinstance(module, Draw) for module in model.modules())

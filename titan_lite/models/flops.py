@@ -5,18 +5,52 @@ from __future__ import annotations
 from torch import nn
 
 from titan_lite.models.attention import Attention
+from titan_lite.models.context import Iterations
 from titan_lite.models.spec import Spec
+from titan_lite.models.stack import Executions
+from titan_lite.models.transformer import Transformer
 
 MATRIX_ROLES = ("hidden", "head", "expert", "router")
 
 
-def training_flops_per_token(model: nn.Module, specs: dict[str, Spec], seq_len: int) -> int:
-    """Forward and backward FLOPs per token: 3 x (2 per weight in matrices + scores), attention over the full row."""
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+def training_flops_per_token(
+    model: Transformer, specs: dict[str, Spec], seq_len: int, iterations: Iterations | None = None
+) -> int:
+    """Forward and backward FLOPs per token: 2 per weight in matrices, plus scores over the full row, each time they
+    run; and twice that each time backward goes through them.
+
+    Of a recurrent stack with these `iterations`; without them, on average over steps.
+    """
+    several = model.stack.executions(iterations)
+    runs: dict[nn.Parameter | nn.Module, int | float] = {}
+    for unit, executions in several.items():
+        runs |= dict.fromkeys((*unit.parameters(), *unit.modules()), _passes(executions))
+    once = _passes(Executions(1, 1))
     # Rows of an embedding (fan_in 1) are looked up: no product, but where a tied head makes it one.
     matrices = {n for n, s in specs.items() if s.role in MATRIX_ROLES or (s.role == "embed" and s.fan_in > 1)}
-    if getattr(model, "tied", False):
+    if model.tied:
         matrices.add("embedding.weight")
-    weights = sum(round(sizes[name] * specs[name].used) for name in matrices)
-    scores = sum(m.score_flops_per_token(seq_len) for m in model.modules() if isinstance(m, Attention))
-    return 3 * (2 * weights + scores)
+    parameters = dict(model.named_parameters())
+    flops = sum(2 * round(parameters[n].numel() * specs[n].used) * runs.get(parameters[n], once) for n in matrices)
+    for module in model.modules():
+        if isinstance(module, Attention):
+            flops += module.score_flops_per_token(seq_len) * runs.get(module, once)
+    return round(flops)
+
+
+def relative_flops(model: Transformer, specs: dict[str, Spec], seq_len: int, iterations: Iterations | None) -> float:
+    """FLOPs of a training step that ran so many iterations, in units of those that are expected on average."""
+    if iterations is None:
+        return 1.0
+    expected = training_flops_per_token(model, specs, seq_len)
+    return training_flops_per_token(model, specs, seq_len, iterations) / expected
+
+
+def _passes(executions: Executions) -> int | float:
+    """In units of a forward: a backward costs two."""
+    return executions.forward + 2 * executions.graded
+
+
+def active_parameters(model: nn.Module, specs: dict[str, Spec]) -> int:
+    """Parameters that work on a token: of experts those that it chose, on average; all others are counted whole."""
+    return round(sum(p.numel() * min(specs[name].used, 1.0) for name, p in model.named_parameters()))

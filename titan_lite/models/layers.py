@@ -156,7 +156,7 @@ def _variant(
 
 def _layer(model: Transformer.Config, choices: _Choices) -> Layer:
     own = {slot: getattr(choices, slot) or getattr(model, slot) for slot in SLOTS}
-    return Layer(**own, n_layers=model.n_layers)
+    return Layer(**own, n_layers=model.stack.depth(model.n_layers))
 
 
 def _blamed(error: ValidationError, given: Mapping[int, Any]) -> Iterator[InitErrorDetails]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,19 @@ Total: TypeAlias = Callable[[Tensor], Tensor]
 class Module(nn.Module, Component):
     """An `nn.Module` that a Config builds and that describes its own parameters and buffers."""
 
+    weighs_tokens: ClassVar[bool] = False
+    """Whether this module's forward asks for `context.token_weight`: it adds losses, or counts in training."""
+
     def param_specs(self) -> dict[str, Spec]:
         """{local name: Spec} of the parameters and buffers this very module holds (children describe theirs)."""
         return {}
 
     def after_step(self, total: Total) -> None:
         """Restores what must hold of this very module's parameters, DTensors maybe. No gradient is recorded."""
+
+    def metrics(self, total: Total) -> dict[str, Tensor]:
+        """{local name: number} about the last step, to be logged. Asked for at logged steps, on all ranks alike."""
+        return {}
 
 
 @torch.no_grad()
@@ -32,3 +39,13 @@ def after_step(model: nn.Module, total: Total) -> None:
     for module in model.modules():
         if isinstance(module, Module):
             module.after_step(total)
+
+
+@torch.no_grad()
+def collect_metrics(model: nn.Module, total: Total) -> dict[str, Tensor]:
+    """{full name: number} of every module's `metrics`, summed over ranks by `total`."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Module):
+            found |= {f"{path}.{name}" if path else name: value for name, value in module.metrics(total).items()}
+    return found

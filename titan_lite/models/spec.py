@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from titan_lite.models.transformer import Transformer
 
 Role = Literal["embed", "hidden", "head", "norm", "bias", "scalar", "expert", "router"]
-Start = Literal["weight", "residual"] | float
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A parameter that starts from N(0, std^2), whatever the init slot."""
+
+    std: float
+
+
+Start = Literal["weight", "residual"] | float | Gaussian
 
 
 @dataclass(frozen=True)
@@ -26,9 +35,10 @@ class Spec:
     fan_out: int
     start: Start = "weight"
     """`weight`: the init slot's distribution; `residual`: that of a matrix which writes into the residual stream;
-    a number: every element."""
+    a number: every element; a `Gaussian`: that one."""
     used: float = 1.0
-    """Fraction of the tokens that pass through it: experts serve only those that chose them."""
+    """How often a token passes through it on average: experts serve only those that chose them (less than 1), and
+    PEER's heads share one table of keys (more than 1)."""
 
 
 def collect_specs(model: nn.Module) -> dict[str, Spec]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -16,8 +16,7 @@ from titan_lite.config.fields import Strings
 from titan_lite.models import combinations
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
-from titan_lite.models.context import Context, Memory, NoMemory
-from titan_lite.models.dropout import Noise
+from titan_lite.models.context import NOT_TRAINING, Context, EarlyExit, Memory, NoMemory, TrainingFacts
 from titan_lite.models.embedding import Embedding, TokenEmbedding
 from titan_lite.models.ffn import FFN, GLU
 from titan_lite.models.head import Head, LMHead
@@ -33,6 +32,7 @@ from titan_lite.models.layers import (
     variants,
 )
 from titan_lite.models.linear import DefaultLinear, Linear
+from titan_lite.models.memory import LaneMemory, NoLaneMemory
 from titan_lite.models.module import Module
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
@@ -60,7 +60,7 @@ class Transformer(Module):
         dim: Annotated[int, Field(gt=0)] = 256
         """Model width D."""
         n_layers: Annotated[int, Field(gt=0, le=100_000)] = 4
-        """Executed layers L."""
+        """Layers L; executed ones, but with a recurrent stack distinct ones."""
         vocab_size: Annotated[int, Field(ge=0)] = 0
         """Rows of the embedding V; 0 = the tokenizer's, rounded up."""
         embedding: Embedding.Config = TokenEmbedding.Config()
@@ -81,6 +81,8 @@ class Transformer(Module):
         """The branch that works on each token."""
         linear: Linear.Config = DefaultLinear.Config()
         """Every matrix."""
+        memory: LaneMemory.Config = NoLaneMemory.Config()
+        """What the rows of a training step remember of the steps before."""
         layers: Annotated[tuple[LayerOverride, ...], Field(strict=False)] = ()
         """What differs in some layers: tables merge over the model-wide ones and those of earlier entries for the same
         layer, arrays replace, and another `type` replaces its table."""
@@ -122,6 +124,7 @@ class Transformer(Module):
             names = ("name", "flavor", "hf_assets_path")
             for key in (*names, "converters", "print_after_conversion", "param_dtype"):
                 del tables[key]
+            tables["stack"].pop("exit", None)
             tables["layers"] = resolved_layers(self, "json", without=_NOT_THE_MODEL)
             return tables
 
@@ -134,7 +137,12 @@ class Transformer(Module):
             """The norm before the head."""
             if self.final_norm is not None:
                 return self.final_norm
-            return NoNorm.Config() if self.each_layer()[-1].residual.normalises_stream else self.norm
+            normalised = self.stack.normalises_stream or self.each_layer()[-1].residual.normalises_stream
+            return NoNorm.Config() if normalised else self.norm
+
+        def depth(self) -> int:
+            """Executed layers, on average."""
+            return self.stack.depth(self.n_layers)
 
     def __init__(self, config: Config, vocab_size: int):
         super().__init__()
@@ -153,25 +161,44 @@ class Transformer(Module):
         tokens: Tensor,
         documents: Tensor | None = None,
         memory: Memory | None = None,
-        noise: Noise | None = None,
+        facts: TrainingFacts = NOT_TRAINING,
         consume: Consume = all_logits,
+        agree: Callable[[int], int] | None = None,
     ) -> Tensor:
-        context = self.context(tokens, documents, memory, noise)
+        """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks."""
+        context = self.context(tokens, documents, memory, facts)
+        if agree is not None:
+            context = context._replace(early_exit=EarlyExit(self._next_logits, agree))
         x = self.embedding(tokens, context)  # (B, T, D)
         x = self.stack(x, context)
         return self.head(self.norm(x), self.embedding, consume)
+
+    def _next_logits(self, x: Tensor) -> Tensor:
+        """Hidden states behind the stack (B, T, D) -> logits (B, V) of the next token."""
+        logits: Tensor = self.head(self.norm(x[:, -1:]), self.embedding, all_logits)
+        return logits[:, -1]
 
     def context(
         self,
         tokens: Tensor,
         documents: Tensor | None = None,
         memory: Memory | None = None,
-        noise: Noise | None = None,
+        facts: TrainingFacts = NOT_TRAINING,
     ) -> Context:
         """What the blocks of one forward over `tokens` (B, T) are told."""
         memory = NoMemory() if memory is None else memory
         positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
-        context = Context(positions, documents, memory, noise, prepared={}, carry={})
+        context = Context(
+            positions,
+            documents,
+            memory,
+            facts.noise,
+            prepared={},
+            carry={},
+            token_weight=facts.token_weight,
+            iterations=facts.iterations,
+            first_key=memory.first_key(documents),
+        )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 
     def shard_units(self) -> Iterator[nn.Module]:
@@ -181,7 +208,7 @@ class Transformer(Module):
         """
         if not self.tied:
             yield self.embedding
-        yield from self.stack.blocks.values()
+        yield from self.stack.units()
         if not self.tied:
             yield self.head
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from titan_lite.models.dropout import Noise
+from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
 from titan_lite.objectives.cross_entropy import CrossEntropy
 
 
@@ -17,7 +17,13 @@ class LanguageModeling:
         self.cross_entropy = cross_entropy
 
     def __call__(
-        self, model: nn.Module, tokens: Tensor, targets: Tensor, documents: Tensor, noise: Noise | None = None
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor,
+        facts: TrainingFacts = NOT_TRAINING,
+        memory: Memory | None = None,
     ) -> Tensor:
-        """tokens, targets, documents (B, T) -> scalar sum over the targets that are not -100; `noise` for dropout."""
-        return model(tokens, documents, noise=noise, consume=partial(self.cross_entropy, targets=targets))
+        """tokens, targets, documents (B, T) -> scalar sum over the targets that are not -100."""
+        return model(tokens, documents, memory, facts, consume=partial(self.cross_entropy, targets=targets))

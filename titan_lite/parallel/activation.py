@@ -29,13 +29,16 @@ SAVED_OPS = {
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
     """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
-    blocks = list(model.stack.blocks.items())
     if config.mode == "none":
         return
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
-        blocks = blocks[every - 1 :: every]
-    for index, block in blocks:
+        chosen = set(model.stack.executed[every - 1 :: every])
+    else:
+        chosen = set(model.stack.executed)
+    for index, block in model.stack.blocks.items():
+        if int(index) not in chosen:
+            continue
         keywords: dict[str, Any] = {
             "use_reentrant": False,
             "preserve_rng_state": config.preserve_rng_state,
@@ -44,7 +47,9 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
             "debug": config.debug,
         }
         if config.mode == "selective" and config.selective_ac_option == "op":
-            shapes = _weight_shapes(f"stack.blocks.{index}", block, config.per_op_sac_force_recompute_mm_shapes_by_fqns)
+            patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+            shapes = _weight_shapes(f"stack.blocks.{index}", block, patterns)
+            shapes |= _weight_shapes("stack.shared", getattr(model.stack, "shared", nn.Module()), patterns)
             keywords["context_fn"] = partial(_per_op_contexts, shapes)
         block.forward = _checkpointed(block.forward, keywords)
 

@@ -142,9 +142,17 @@ class ActivationCheckpoint(ConfigBase):
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
         if self.mode == "memory_budget":
             yield Problem(NOT_AVAILABLE, ".mode", "is not available yet", self.mode, '"none", "full" or "selective"')
+        elif self.mode == "selective" and self.selective_ac_option != "op":
+            every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
+            if every > 1 and set(executed[every - 1 :: every]) & {b for i, b in enumerate(executed) if (i + 1) % every}:
+                kind = job.model.stack.model_dump()["type"]
+                why = f'counts executed layers, but with model.stack.type = "{kind}" a block runs several times, which '
+                why += "may not be now checkpointed and now not"
+                allowed = '"op", a number that meets the same blocks each time, or mode "full" or "none"'
+                yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        every, layers = self.selective_ac_option, job.model.n_layers
+        every, layers = self.selective_ac_option, len(job.model.stack.executed(job.model.n_layers))
         if self.mode == "selective" and every != "op" and int(every) > layers:
             yield f"activation_checkpoint.selective_ac_option = {every} checkpoints none of the model's {layers} layers"
 

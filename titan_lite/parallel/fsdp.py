@@ -36,10 +36,12 @@ def apply_fsdp(
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload, shard_placement_fn=placement)
     units = list(model.shard_units())
+    several = model.stack.executions()
     for unit in units:
-        # By default not the last unit: its backward follows at once, and gathering it again would be for nothing.
-        last = unit is units[-1]
-        reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and not last)
+        # By default not the last unit: its backward follows at once, and gathering it again would be for nothing. Nor
+        # one that runs several times in a forward, and would be gathered as often.
+        kept = unit is units[-1] or unit in several
+        reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and not kept)
         shard(unit, reshard_after_forward=reshard)
     shard(model, reshard_after_forward=False)
     for module in model.modules():

@@ -71,11 +71,12 @@ def validation_fields(row: LoggedValidation) -> Fields:
 def fact_lines(facts: RunFacts) -> list[tuple[str, str]]:
     """What a person wants to know before it starts, as pairs of name and text."""
     peak = "unknown, so no MFU" if facts.peak_flops is None else f"{facts.peak_flops:.3e} FLOP/s"
+    active = "" if facts.active_parameters is None else f", {facts.active_parameters:,} at work on a token"
     tokens = facts.global_batch_size * facts.seq_len
     lines = [
         (
             "model",
-            f"{facts.parameters:,} parameters ({facts.parameters_without_embedding:,} without embedding), "
+            f"{facts.parameters:,} parameters ({facts.parameters_without_embedding:,} without embedding{active}), "
             f"{format_count(facts.flops_per_token)}FLOPs per token",
         ),
         ("layout", f"{facts.layout}; {facts.world_size} x {facts.device}, peak {peak}"),

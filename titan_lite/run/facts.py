@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from titan_lite.models.flops import training_flops_per_token
+from titan_lite.models.flops import active_parameters, training_flops_per_token
 from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
 
@@ -17,14 +17,16 @@ def run_facts(trainer: Trainer) -> RunFacts:
     job, training, progress, world = trainer.job, trainer.training, trainer.progress, trainer.world
     sizes = {name: parameter.numel() for name, parameter in training.model.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if training.specs[name].role == "embed")
+    active = active_parameters(training.model, training.specs)
     name = device_name(world.device)
+    span = job.model.memory.span(job.training.seq_len)
     dtype = str(trainer.precision.param).removeprefix("torch.")
     return RunFacts(
         description=job.job.description,
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(training.model, training.specs, job.training.seq_len),
+        flops_per_token=training_flops_per_token(training.model, training.specs, span),
         layout=f"{world.layout}, {dtype} compute",
         device=name,
         peak_flops=peak_flops(name),
@@ -39,6 +41,7 @@ def run_facts(trainer: Trainer) -> RunFacts:
         data=job.data.source.build().describe(),
         dump_folder=trainer.folder,
         warnings=job.warnings,
+        active_parameters=active if active < sum(sizes.values()) else None,
         resumed_from=trainer.resumed_from,
         run_id=trainer.checkpoints.run_id,
     )

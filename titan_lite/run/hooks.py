@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +46,8 @@ class RunFacts:
     dump_folder: Path
     warnings: tuple[str, ...] = ()
     """One line each, shown once."""
+    active_parameters: int | None = None
+    """Those that work on a token, where not all do."""
     resumed_from: str | None = None
     run_id: str = ""
     """Stays the same over resumes."""
@@ -79,15 +81,17 @@ class StepResult:
     """Wait for the batch."""
     step_seconds: float
     """From asking for the batch to the optimizer step issued; a device may still be computing."""
-    extra: Mapping[str, torch.Tensor | float] = field(default_factory=dict)
-    """What features add to the logged line."""
+    work: float = 1.0
+    """FLOPs per token, in units of RunFacts.flops_per_token: steps of some models differ."""
+    extra: Callable[[], Mapping[str, torch.Tensor | float]] = dict
+    """Asked for what features add to the logged line; may be a collective, so all ranks read the same steps."""
 
     def read(self) -> StepNumbers:
         """The step's numbers; waits for the device, so only for steps that are shown."""
         return StepNumbers(
             loss=_number(self.loss),
             grad_norm=_number(self.grad_norm),
-            extra={name: _number(value) for name, value in self.extra.items()},
+            extra={name: _number(value) for name, value in self.extra().items()},
         )
 
 

@@ -16,6 +16,8 @@ class Window:
     tokens: int = 0
     data_seconds: float = 0.0
     step_seconds: float = 0.0
+    work: float = 0.0
+    """Tokens, each weighted with its step's `work`."""
 
     def __add__(self, other: Window) -> Window:
         return Window(
@@ -23,6 +25,7 @@ class Window:
             self.tokens + other.tokens,
             self.data_seconds + other.data_seconds,
             self.step_seconds + other.step_seconds,
+            self.work + other.work,
         )
 
 
@@ -39,7 +42,7 @@ class Meter:
 
     def add(self, result: StepResult) -> None:
         """Counts a finished step in."""
-        self.window += Window(1, result.tokens, result.data_seconds, result.step_seconds)
+        self.window += Window(1, result.tokens, result.data_seconds, result.step_seconds, result.tokens * result.work)
 
     def add_wait(self, seconds: float) -> None:
         """Counts in the wait for a device that was still computing the window's steps."""

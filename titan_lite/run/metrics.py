@@ -56,7 +56,7 @@ class MetricsHook(Hook):
         if not logged:
             return
         speed = self._tokens_per_second(window)
-        flops = speed * self.facts.flops_per_token
+        flops = window.work / window.step_seconds / self.facts.world_size * self.facts.flops_per_token
         peak = self.facts.peak_flops
         self._last = LoggedStep(
             step=result.step,

@@ -17,6 +17,7 @@ from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.generation import KVCache
 from titan_lite.job import Job
+from titan_lite.models.context import TrainingFacts
 from titan_lite.models.dropout import Noise
 from titan_lite.models.position import ScoreBias
 from titan_lite.parallel.activation import apply_activation_checkpointing
@@ -218,7 +219,7 @@ def test_the_eager_kernel_recomputed_and_compiled(score: str) -> None:
             apply_activation_checkpointing(model, ActivationCheckpoint(mode="full"))
             for block in model.stack.blocks.values():
                 block.compile(backend="aot_eager", fullgraph=True)
-        loss = model(tokens, documents, noise=noise([3, 8])).sin().sum()
+        loss = model(tokens, documents, facts=TrainingFacts(noise([3, 8]))).sin().sum()
         loss.backward()
         found.append([loss, *(parameter.grad for parameter in model.parameters())])
     torch.testing.assert_close(*found, atol=1e-4, rtol=0)

@@ -11,6 +11,7 @@ from titan_lite.models.attention.mask import Causal as Causal
 from titan_lite.models.attention.mask import Documents as Documents
 from titan_lite.models.attention.mask import Mask as Mask
 from titan_lite.models.attention.qk_norm import QKNorm as QKNorm
+from titan_lite.models.attention.registers import Registers as Registers
 from titan_lite.models.attention.score import Score as Score
 from titan_lite.models.attention.sink import Sink as Sink
 from titan_lite.models.attention.value import ValueMix as ValueMix

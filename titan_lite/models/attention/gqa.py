@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from titan_lite.models.attention.gate import Gate, NoGate
 from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel, Scoring
 from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
+from titan_lite.models.attention.registers import NoRegisters, Registers
 from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.attention.value import NoValueMix, ValueMix
@@ -62,6 +64,8 @@ class GroupedAttention(Attention):
         """From scores to the weights of the values."""
         dropout: Probability = 0.0
         """Probability with which a weight of a value is dropped."""
+        registers: Registers.Config = NoRegisters.Config()
+        """Learned keys and values that every query sees beside those of the tokens."""
         sink: Sink.Config = NoSink.Config()
         """What a query may attend to instead of any token."""
         gate: Gate.Config = NoGate.Config()
@@ -127,12 +131,15 @@ class GroupedAttention(Attention):
         self.qk_norm = config.qk_norm.build(dim=dim, **heads)
         self.position = config.position.build(n_heads=self.n_heads, head_dim=self.head_dim)
         self.value_mix = config.value_mix.build()
+        shapes = {"n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim, "value_dim": self.value_dim}
+        self.registers: Registers = config.registers.build(**shapes)
         scoring = Scoring(
             scale=config.score_scale(self.head_dim),
             masks=tuple(mask.build() for mask in config.masks),
             bias=self.position.bias,
             score=config.score.build(),
             dropout=config.dropout,
+            registers=self.registers.n,
         )
         self.kernel = config.kernel.build(scoring=scoring)
         self.sink = config.sink.build(n_heads=self.n_heads)
@@ -146,12 +153,20 @@ class GroupedAttention(Attention):
         """q (B, H, T, Dh), k (B, G, T, Dh) and v (B, G, T, Dv) of x (B, T, D)."""
         raise NotImplementedError
 
+    def project_beside(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q (B, H, T, Dh) of x (B, T, D), and k and v (B, G, C + T, ...) of `before` (B, C, D) and x together."""
+        q, k, v = self.project(torch.cat((before, x), dim=1))
+        return q[:, :, before.shape[1] :], k, v
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = map(self.activation, self.project(x))
+        memory = context.memory
+        q, k, v = map(self.activation, memory.project(self, x))
         q, k = self.qk_norm(q, k)
         v = self.value_mix(v, context.carry)
-        q, k, v = self.position(q, k, v, context.memory, context.prepared[self.position.key])
+        memory.leave(x, k, v, context.carry)
+        q, k, v = self.position(q, k, v, memory, context.prepared[self.position.key])
         q = self.qk_norm.after_position(q)
+        k, v = self.registers(k, v, self.position)
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -160,7 +175,7 @@ class GroupedAttention(Attention):
         yield self.kernel
 
     def score_flops_per_token(self, seq_len: int) -> int:
-        return 2 * self.n_heads * (self.head_dim + self.value_dim) * seq_len
+        return 2 * self.n_heads * (self.head_dim + self.value_dim) * (self.registers.n + seq_len)
 
 
 class GQA(GroupedAttention):
@@ -176,6 +191,10 @@ class GQA(GroupedAttention):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return heads(self.q(x), self.head_dim), heads(self.k(x), self.head_dim), heads(self.v(x), self.value_dim)
+
+    def project_beside(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        both = torch.cat((before, x), dim=1)
+        return heads(self.q(x), self.head_dim), heads(self.k(both), self.head_dim), heads(self.v(both), self.value_dim)
 
 
 def heads(x: Tensor, width: int) -> Tensor:

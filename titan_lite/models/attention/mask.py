@@ -77,7 +77,7 @@ class SlidingWindow(Mask):
         """Keys W that a query sees, its own included."""
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-            if self.window >= job.training.seq_len:
+            if self.window >= job.model.memory.span(job.training.seq_len):
                 yield f".window = {self.window} hides nothing: training.seq_len is {job.training.seq_len}"
 
     def __init__(self, config: Config):

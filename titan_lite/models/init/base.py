@@ -92,7 +92,10 @@ class Distribution(Init):
         self.rules = [(rule, rule.init.build(dim=dim, n_layers=n_layers)) for rule in config.rules]
 
     def choose(self, name: str, spec: Spec) -> Init:
-        """What draws this parameter: the init of the first rule that matches it, or this one."""
+        """What draws this parameter: the init of the first rule that matches it, or this one.
+
+        Not for those that start as a constant or a Gaussian of their own.
+        """
         return next((init for rule, init in self.rules if rule.matches(name, spec)), self)
 
     def depth_factor(self, spec: Spec) -> float:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from titan_lite.config.errors import ConfigError
 from titan_lite.models.init.base import Distribution, Init
+from titan_lite.models.init.normal import Normal
 from titan_lite.models.init.rules import idle_rules
-from titan_lite.models.spec import Spec, named_state
+from titan_lite.models.spec import Gaussian, Spec, named_state
 
 
 @torch.no_grad()
@@ -43,7 +44,13 @@ def initialize(model: nn.Module, specs: dict[str, Spec], init: Distribution, see
         if isinstance(spec.start, float):
             local.fill_(spec.start)
         elif local.numel():
-            _fill(local, name, spec, init.choose(name, spec), seed, tuple(shape), tuple(local_shape), tuple(offset))
+            _fill(local, name, spec, _drawn_by(init, name, spec), seed, tuple(shape), tuple(local_shape), tuple(offset))
+
+
+def _drawn_by(init: Distribution, name: str, spec: Spec) -> Init:
+    if isinstance(spec.start, Gaussian):
+        return Normal.Config(std=spec.start.std, depth_scaled=False).build(dim=init.dim, n_layers=init.n_layers)
+    return init.choose(name, spec)
 
 
 def _fill(

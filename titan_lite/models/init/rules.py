@@ -41,7 +41,7 @@ def idle_rules(rules: Sequence[InitRule], specs: Mapping[str, Spec]) -> Iterator
         if drawn <= decided:
             why = "matches only parameters that earlier rules decide about"
             if not drawn:
-                why = "matches only parameters that start as a constant: gains, biases or scales"
+                why = "matches only parameters that start as a constant, or on their own: gains, biases, registers"
             if not matched:
                 why = "matches no parameter of the model"
             given = rule.model_dump(include={"match", "role"}, exclude_none=True)
@@ -78,7 +78,7 @@ def _dead_zeros(job: Job, config: Distribution.Config, specs: Mapping[str, Spec]
 
 def _key_of_zeros(config: Distribution.Config, name: str, spec: Spec) -> str:
     """The key that makes this parameter start at 0; "" where none does."""
-    if isinstance(spec.start, float):
+    if not isinstance(spec.start, str):
         return ""
     for i, rule in enumerate(config.rules):
         if rule.matches(name, spec):

@@ -55,3 +55,7 @@ class Position(Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q with its positions, and all keys and values (B, G, S, ...) that it may see."""
         raise NotImplementedError
+
+    def resting(self, k: Tensor, length: int) -> Tensor:
+        """Keys (..., Dh) that have no position, in the size of those that have one in a text of `length` tokens."""
+        return k

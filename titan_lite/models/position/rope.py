@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from pydantic import Field
@@ -32,6 +32,13 @@ def counted_down(positions: Tensor, length: int) -> Tensor:
 
 
 DIRECTIONS: dict[Direction, Callable[[Tensor, int], Tensor]] = {"forward": counted_up, "reversed": counted_down}
+
+
+class Anew(NamedTuple):
+    """What turns the tokens of a call where keys are remembered as they are, and all of them turned in each call."""
+
+    queries: Any
+    keys: Any
 
 
 class RoPE(Position):
@@ -88,13 +95,22 @@ class RoPE(Position):
         self.times = DIRECTIONS[config.direction]
         self.scaling: Scaling = config.scaling.build(theta=config.theta, width=width)
         self.frequencies = FREQUENCIES[config.frequencies](self.scaling, width)
-        self.rotate = rotation(config.layout, width, head_dim)
+        self.width, self.rotate = width, rotation(config.layout, width, head_dim)
         self.key = f"rope {head_dim} {config.model_dump_json()}"
 
     def prepare(self, context: Context) -> Any:
         """What turns the tokens of this call: cos and sin, each (T, d/2), unless frequencies are learned."""
+        if context.memory.plain_keys:
+            return self.anew(context)
         length = context.memory.length + context.positions.shape[0]
         return self.turns(length, self.scaling.frequencies(length, context.positions.device), context.positions)
+
+    def anew(self, context: Context) -> Anew:
+        """What turns the queries of this call, and what turns all keys so far."""
+        length = context.memory.length + context.positions.shape[0]
+        keys = torch.arange(length, device=context.positions.device)
+        frequencies = self.scaling.frequencies(length, keys.device)
+        return Anew(self.turns(length, frequencies, context.positions), self.turns(length, frequencies, keys))
 
     def turns(self, length: int, frequencies: Tensor, positions: Tensor) -> Any:
         """What turns the tokens at `positions` in a text of `length` tokens."""
@@ -104,28 +120,24 @@ class RoPE(Position):
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, prepared: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if isinstance(prepared, Anew):
+            keys, values = memory.extend(k, v)
+            length = keys.shape[2]
+            q = self.rotate(q, *self.frequencies(prepared.queries, length))
+            return q, self.rotate(keys, *self.frequencies(prepared.keys, length)), values
         cos, sin = self.frequencies(prepared, k.shape[2])
         return self.rotate(q, cos, sin), *memory.extend(self.rotate(k, cos, sin), v)
+
+    def resting(self, k: Tensor, length: int) -> Tensor:
+        turned, rest = k.split((self.width, k.shape[-1] - self.width), dim=-1)
+        return torch.cat((turned * self.scaling.size(length), rest), dim=-1)
 
 
 class MovingRoPE(RoPE):
     """Rotary positions that change as the text grows: keys are remembered as they are, and all of them are rotated."""
 
-    def prepare(self, context: Context) -> tuple[Any, Any]:
-        """What turns the queries of this call, and what turns all keys so far."""
-        length = context.memory.length + context.positions.shape[0]
-        keys = torch.arange(length, device=context.positions.device)
-        frequencies = self.scaling.frequencies(length, keys.device)
-        return self.turns(length, frequencies, context.positions), self.turns(length, frequencies, keys)
-
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, prepared: tuple[Any, Any]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        keys, values = memory.extend(k, v)
-        length = keys.shape[2]
-        of_queries, of_keys = prepared
-        q = self.rotate(q, *self.frequencies(of_queries, length))
-        return q, self.rotate(keys, *self.frequencies(of_keys, length)), values
+    def prepare(self, context: Context) -> Anew:
+        return self.anew(context)
 
 
 def _fraction_of_pairs(fraction: float, head_dim: int) -> float:

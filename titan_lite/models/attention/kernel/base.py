@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 class Scoring:
     """What a kernel computes: weights(capped(q k^T * scale) + bias) over the keys that all masks allow, some dropped.
 
-    `capped` and `weights` are the score's.
+    `capped` and `weights` are the score's. Of S keys the first `registers` are no tokens: every query sees them, and no
+    bias is added to their scores.
     """
 
     scale: float
@@ -34,14 +36,16 @@ class Scoring:
     bias: ScoreBias
     score: Score
     dropout: float
+    registers: int = 0
 
     @property
     def key(self) -> str:
         """Equal for layers that can share what is prepared."""
-        return " ".join((*(mask.config.model_dump_json() for mask in self.masks), self.bias.key))
+        masks = (mask.config.model_dump_json() for mask in self.masks)
+        return " ".join((*masks, self.bias.key, *[f"registers {self.registers}"] * bool(self.registers)))
 
     def documents(self, context: Context) -> Tensor | None:
-        """(B, T) document numbers where a mask asks for them. A cache holds one document, of which none are given."""
+        """(B, T) document numbers where a mask asks for them."""
         return context.documents if any(mask.reads_documents for mask in self.masks) else None
 
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
@@ -55,16 +59,29 @@ class Scoring:
         return result
 
     def grids(self, context: Context, n_keys: int) -> Grids:
-        """Masks and bias over all queries and keys of this forward."""
+        """Masks and bias over all queries and keys of this forward, registers before its `n_keys` keys of tokens."""
         q = context.positions[:, None]
         k = torch.arange(n_keys, device=q.device)[None, :]
         documents = self.documents(context)
-        pair = (None, None) if documents is None else (documents[:, None, :, None], documents[:, None, None, :])
-        return Grids(self.allowed(q, k, *pair), self.bias.grid(q, k))
+        q_document = None if documents is None else documents[:, None, :, None]
+        k_document = None if documents is None else of_keys(documents, n_keys)[:, None, None, :]
+        allowed, bias = self.allowed(q, k, q_document, k_document), self.bias.grid(q, k)
+        if context.first_key is not None:
+            allowed = allowed & (k >= context.first_key[:, None, None, None])
+        if self.registers:
+            before = (self.registers, 0)
+            allowed = F.pad(allowed, before, value=True)
+            bias = None if bias is None else F.pad(bias, before)
+        return Grids(allowed, bias)
+
+
+def of_keys(documents: Tensor, n_keys: int) -> Tensor:
+    """(B, S) document numbers of all keys, given those of the queries (B, T): memory is of the row's document 0."""
+    return F.pad(documents, (n_keys - documents.shape[1], 0))
 
 
 def n_keys(context: Context) -> int:
-    """Keys S of this forward: those in memory and one for each query. Outside of blocks."""
+    """Keys of the tokens of this forward: those in memory and one for each query. Outside of blocks."""
     return context.memory.length + context.positions.shape[0]
 
 
@@ -88,8 +105,9 @@ class PreparedKernel(Protocol):
 class Kernel(Module):
     """q (B, H, T, Dh), k (B, G, S, Dh), v (B, G, S, Dv) -> (B, H, T, Dv); G divides H.
 
-    The last T of S keys are the queries' own. `prepare` turns masks and bias into what the kernel wants, once per
-    forward for all layers whose `key` is the same; the result is `context.prepared[key]`.
+    The last T of S keys are the queries' own, the first ones are registers where there are any. `prepare` turns masks
+    and bias into what the kernel wants, once per forward for all layers whose `key` is the same; the result is
+    `context.prepared[key]`.
     """
 
     key: str
@@ -111,7 +129,7 @@ class Kernel(Module):
 
             Keys are relative to the attention.
             """
-            name, score, sink = _type(self), _type(attention.score), attention.sink
+            name, score, sink = type_of(self), type_of(attention.score), attention.sink
             if self.scores is not None and score not in self.scores:
                 why = f'kernel = "{name}" does not compute this score'
                 able = _kernels(lambda kernel: kernel.scores is None or score in kernel.scores)
@@ -122,18 +140,18 @@ class Kernel(Module):
                 yield Problem(CROSS_FIELD, ".dropout", why, attention.dropout, f"0.0, or kernel = {able}")
             if sink.needs_lse and not attention.score.softmax:
                 why = f'a sink takes part in a softmax, and score = "{score}" has none'
-                yield Problem(CROSS_FIELD, ".sink.type", why, _type(sink), '"none", or a score with a softmax')
+                yield Problem(CROSS_FIELD, ".sink.type", why, type_of(sink), '"none", or a score with a softmax')
             elif sink.needs_lse and self.no_lse:
                 able = _kernels(lambda kernel: not kernel.no_lse)
                 why = f'kernel = "{name}" cannot give a sink what it needs: {self.no_lse}'
-                yield Problem(CROSS_FIELD, ".sink.type", why, _type(sink), f'"none", or kernel = {able}')
+                yield Problem(CROSS_FIELD, ".sink.type", why, type_of(sink), f'"none", or kernel = {able}')
 
         def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
             masks = [mask.build() for mask in attention.masks]
             if self.skips or not any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks):
                 return
-            line = f'kernel = "{_type(self)}" also computes the scores that a window or a document mask hides'
+            line = f'kernel = "{type_of(self)}" also computes the scores that a window or a document mask hides'
             able = _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))
             where = "" if has_cuda() else ", on a machine with CUDA devices"
             yield f"{line}; kernel = {able} leaves them out{where}" if able else line
@@ -149,7 +167,7 @@ class Kernel(Module):
         raise NotImplementedError
 
 
-def _type(config: SlotConfig) -> str:
+def type_of(config: SlotConfig) -> str:
     return type(config).model_fields["type"].default
 
 

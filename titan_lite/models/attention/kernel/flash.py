@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, Problem
+from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, Problem, show
 from titan_lite.config.machine import has_cuda, is_installed
-from titan_lite.models.attention.kernel.base import Kernel, Scoring
+from titan_lite.models.attention.kernel.base import Kernel, Scoring, type_of
 from titan_lite.models.attention.kernel.eager import Eager
 from titan_lite.models.attention.mask import Causal, Documents, SlidingWindow
 from titan_lite.models.context import Context
-from titan_lite.models.position.alibi import ALiBiBias
+from titan_lite.models.position.alibi import ALiBi, ALiBiBias
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -61,6 +61,7 @@ class FlashAttention(Kernel):
                 why = f'kernel = "flash_attn" takes heads up to a width (head_dim) of {WIDEST_HEAD}'
                 allowed = f'at most {WIDEST_HEAD}, or kernel = "sdpa", "flex" or "eager"'
                 yield Problem(CROSS_FIELD, ".head_dim", why, width, allowed)
+            yield from _register_refusals(attention)
             for index, mask in enumerate(attention.masks):
                 if not isinstance(mask, MASKS):
                     why = 'kernel = "flash_attn" has causal, document and sliding_window masks only'
@@ -107,7 +108,7 @@ class FlashAttention(Kernel):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if not self.runs_on(q):
-            grids = self.scoring.grids(context, k.shape[2])
+            grids = self.scoring.grids(context, k.shape[2] - self.scoring.registers)
             return self.elsewhere(q, k, v, context._replace(prepared={self.elsewhere.key: grids}))
         import flash_attn
 
@@ -129,6 +130,21 @@ class FlashAttention(Kernel):
     def runs_on(self, q: Tensor) -> bool:
         """Whether flash_attn takes such queries on this machine."""
         return self.installed and q.is_cuda and q.dtype in DTYPES
+
+
+def _register_refusals(attention: GroupedAttention.Config) -> Iterable[Problem]:
+    """Queries see registers behind a causal mask alone, which is aligned with the last key."""
+    found = type_of(attention.registers)
+    if found == "none":
+        return
+    allowed = '"none", or kernel = "sdpa", "flex" or "eager"'
+    hiding = [type_of(mask) for mask in attention.masks if not isinstance(mask, Causal.Config)]
+    if hiding:
+        why = f'kernel = "flash_attn" would also hide registers with masks = {show(hiding)}'
+        yield Problem(CROSS_FIELD, ".registers.type", why, found, allowed)
+    if isinstance(attention.position, ALiBi.Config):
+        why = 'kernel = "flash_attn" would count registers as tokens for position = "alibi"'
+        yield Problem(CROSS_FIELD, ".registers.type", why, found, allowed)
 
 
 def document_bounds(documents: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 
 from titan_lite.config.errors import NOT_HERE, Problem
 from titan_lite.config.machine import has_cuda
-from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys
+from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys, of_keys
 from titan_lite.models.context import Context
 
 if TYPE_CHECKING:
@@ -72,25 +72,38 @@ class Flex(Kernel):
 
     def prepare(self, context: Context) -> FlexArguments:
         start, (n_queries,), device = context.memory.length, context.positions.shape, context.positions.device
-        documents = self.scoring.documents(context)
-        rows = None if documents is None else documents.shape[0]
+        documents, first_key = self.scoring.documents(context), context.first_key
+        per_row = documents if documents is not None else first_key
+        rows = None if per_row is None or len(per_row) == 1 else len(per_row)
         create: Callable[..., BlockMask] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
-        mask = create(self.mask_mod(documents, start), rows, None, n_queries, n_keys(context), device=device)
+        n_all = self.scoring.registers + n_keys(context)
+        mask = create(self.mask_mod(documents, start, first_key), rows, None, n_queries, n_all, device=device)
         return FlexArguments(mask, self.score_mod(start))
 
-    def mask_mod(self, documents: Tensor | None, start: int) -> MaskMod:
+    def mask_mod(self, documents: Tensor | None, start: int, first_key: Tensor | None) -> MaskMod:
         """All masks for index tensors (row, head, query, key), where the first query is at position `start`."""
-        scoring = self.scoring
+        of_all = None if documents is None else of_keys(documents, start + documents.shape[1])
+        scoring, registers = self.scoring, self.scoring.registers
 
         def allowed(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            pair = (None, None) if documents is None else (documents[row, q], documents[row, k])
+            pair = (None, None) if of_all is None else (of_all[row, q + start], of_all[row, k])
             return scoring.allowed(q + start, k, *pair)
 
-        return allowed
+        def remembered(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            assert first_key is not None
+            # One for all rows, or one for each.
+            return allowed(row, head, q, k) & (k >= first_key[row % len(first_key)])
+
+        of_tokens = allowed if first_key is None else remembered
+
+        def beside_registers(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return (k < registers) | of_tokens(row, head, q, (k - registers).clamp(min=0))
+
+        return beside_registers if registers else of_tokens
 
     def score_mod(self, start: int) -> ScoreMod | None:
         """Cap and bias for a score and index tensors (row, head, query, key); None where scores stay as they are."""
-        score, bias = self.scoring.score, self.scoring.bias
+        score, bias, registers = self.scoring.score, self.scoring.bias, self.scoring.registers
 
         def capped(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score.capped(value)
@@ -98,8 +111,11 @@ class Flex(Kernel):
         def biased(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return score.capped(value) + bias.element(head, q + start, k)
 
+        def biased_beside_registers(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+            return torch.where(k < registers, score.capped(value), biased(value, row, head, q, k - registers))
+
         if bias.key:
-            return biased
+            return biased_beside_registers if registers else biased
         return capped if score.cap else None
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:

@@ -40,7 +40,8 @@ class SDPA(Kernel):
         size, documents = n_keys(context), context.documents is not None
         hiding = [mask for mask in self.scoring.masks if mask.hides(size, documents)]
         causal = all(isinstance(mask, Causal) for mask in hiding)
-        if causal and not self.scoring.bias.key and context.memory.length == 0:
+        square = context.memory.length == self.scoring.registers == 0
+        if causal and square and not self.scoring.bias.key:
             return SDPAMask(is_causal=True, mask=None)
         grids = self.scoring.grids(context, size)
         if grids.bias is None:

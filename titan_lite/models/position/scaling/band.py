@@ -30,12 +30,14 @@ class Reaching(Scaling):
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             reach = int(self.factor * self.original_max_len)
-            if job.training.seq_len > reach:
+            span = job.model.memory.span(job.training.seq_len)
+            if span > reach:
+                memory = f", and model.memory has {n} more" if (n := span - job.training.seq_len) else ""
                 why = (
                     f"with original_max_len = {self.original_max_len} reaches {reach} positions, "
-                    f"but training.seq_len is {job.training.seq_len}"
+                    f"but training.seq_len is {job.training.seq_len}{memory}"
                 )
-                need = math.ceil(job.training.seq_len / self.original_max_len)
+                need = math.ceil(span / self.original_max_len)
                 yield Problem(CROSS_FIELD, ".factor", why, self.factor, f"at least {need}, or a shorter seq_len")
 
     def __init__(self, config: Config, theta: float, width: int):
@@ -98,6 +100,8 @@ class YaRN(Reaching):
         """c of the numerator (DeepSeek); 0 = not used."""
         mscale_all_dim: NonNegativeFloat = 0.0
         """c of the denominator (DeepSeek); 0 = not used."""
+        truncate: bool = True
+        """Begin and end the linear part at whole j, further out (gpt-oss does not)."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from super().problems(job, world_size)
@@ -130,19 +134,24 @@ class YaRN(Reaching):
 
     def __init__(self, config: Config, theta: float, width: int):
         super().__init__(config, theta, width)
-        self.fast, self.slow = config.beta_fast, config.beta_slow
         self.amplitude = config.amplitude()
+        first, last = self.index(config.beta_fast), self.index(config.beta_slow)
+        if config.truncate:
+            first, last = math.floor(first), math.ceil(last)
+        self.first, self.last = max(first, 0), min(last, width - 1)
 
     def index(self, turns: float) -> float:
         """j, as a real number, of the frequency that turns that often over original_max_len positions."""
         return self.width * math.log(self.original_max_len / (2 * math.pi * turns)) / (2 * math.log(self.theta))
 
     def frequencies(self, length: int, device: torch.device) -> Tensor:
-        first = max(math.floor(self.index(self.fast)), 0)
-        last = min(math.ceil(self.index(self.slow)), self.width - 1)
         # Where the band is empty, a step takes its place.
-        fading = (torch.arange(self.width // 2, dtype=torch.float32, device=device) - first) / max(last - first, 1e-3)
+        band = max(self.last - self.first, 1e-3)
+        fading = (torch.arange(self.width // 2, dtype=torch.float32, device=device) - self.first) / band
         return self.blend(super().frequencies(length, device), 1 - fading.clamp(0, 1))
+
+    def size(self, length: int) -> float:
+        return self.amplitude
 
     def cos_sin(self, angles: Tensor, length: int) -> Tables:
         return angles.cos() * self.amplitude, angles.sin() * self.amplitude

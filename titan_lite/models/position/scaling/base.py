@@ -42,8 +42,12 @@ class Scaling(Component):
         """(width/2,) radians per position in float32, for a text of `length` tokens."""
         return inverse_powers(self.theta, self.width, device)
 
+    def size(self, length: int) -> float:
+        """What rotated queries and keys are multiplied by in a text of `length` tokens."""
+        return 1.0
+
     def cos_sin(self, angles: Tensor, length: int) -> Tables:
-        """What pairs are turned with, for a text of `length` tokens."""
+        """What pairs are turned with, for a text of `length` tokens: `size` is in it."""
         return angles.cos(), angles.sin()
 
 

@@ -121,9 +121,12 @@ class LSWT(BaseScaling):
     def stretch(self, length: int) -> float:
         return self.ntk_scale * self.excess(length) ** 2
 
+    def size(self, length: int) -> float:
+        return self.a * math.log(self.excess(length)) + self.b
+
     def cos_sin(self, angles: Tensor, length: int) -> Tables:
-        amplitude = self.a * math.log(self.excess(length)) + self.b
-        return angles.cos() * amplitude, angles.sin() * amplitude
+        size = self.size(length)
+        return angles.cos() * size, angles.sin() * size
 
 
 class StaticLSWT(LSWT):
@@ -131,6 +134,9 @@ class StaticLSWT(LSWT):
 
     def stretch(self, length: int) -> float:
         return self.ntk_scale
+
+    def size(self, length: int) -> float:
+        return 1.0
 
     def cos_sin(self, angles: Tensor, length: int) -> Tables:
         return angles.cos(), angles.sin()

@@ -1,0 +1,137 @@
+"""Sparse mixtures of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from titan_lite.config.errors import CROSS_FIELD, Problem
+from titan_lite.config.fields import Count, PositiveInt
+from titan_lite.models.aux_loss import add_loss
+from titan_lite.models.context import Context
+from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.glu import GLU
+from titan_lite.models.ffn.moe.balance import Balance
+from titan_lite.models.ffn.moe.experts import Experts, GLUExperts
+from titan_lite.models.ffn.moe.offset import NoOffset, Offset
+from titan_lite.models.ffn.moe.router import Router, Routing, SoftmaxRouter
+from titan_lite.models.ffn.moe.tally import Tally
+from titan_lite.models.linear import Linear
+from titan_lite.models.module import Total
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+
+class MoE(FFN):
+    """sum over a token's top_k experts of weight_i * expert_i(x), plus what shared experts make of every token.
+
+    No token is dropped, whatever the load. Source: arXiv 1701.06538, arXiv 2401.06066 (shared experts).
+    """
+
+    class Config(FFN.Config):
+        type: Literal["moe"] = "moe"
+        n_experts: PositiveInt = 8
+        """Routed experts E."""
+        top_k: PositiveInt = 2
+        """Experts per token."""
+        experts: Experts.Config = GLUExperts.Config()
+        """What each expert is."""
+        router: Router.Config = SoftmaxRouter.Config()
+        """How tokens choose."""
+        offset: Offset.Config = NoOffset.Config()
+        """Offsets on the scores by which experts are chosen."""
+        balance: Annotated[tuple[Balance.Config, ...], Field(strict=False)] = ()
+        """Losses on the routing, added to the objective."""
+        shared_hidden: Count = 0
+        """Inner width of the shared experts together, a gated network (SiLU) for every token; 0 = none."""
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if self.top_k > self.n_experts:
+                why = f"is more than n_experts = {self.n_experts}"
+                yield Problem(CROSS_FIELD, ".top_k", why, self.top_k, f"1 to {self.n_experts}")
+            else:
+                yield from self._problems_of_groups()
+
+        def _problems_of_groups(self) -> Iterable[Problem]:
+            groups, top = self.router.n_groups, self.router.top_groups
+            E, k = self.n_experts, self.top_k
+            if groups > 1 and (E % groups or E // groups < 2):
+                why = f"does not split n_experts = {E} into equal groups of at least 2"
+                legal = ", ".join(str(g) for g in range(1, E // 2 + 1) if E % g == 0)
+                yield Problem(CROSS_FIELD, ".router.n_groups", why, groups, legal)
+            elif top > groups:
+                why = f"is more than router.n_groups = {groups}"
+                yield Problem(CROSS_FIELD, ".router.top_groups", why, top, f"1 to {groups}")
+            elif top * (E // groups) < k:
+                why = f"of {groups} groups of {E // groups} experts do not hold top_k = {k}"
+                yield Problem(CROSS_FIELD, ".router.top_groups", why, top, f"{-(-k * groups // E)} to {groups}")
+
+    weighs_tokens: ClassVar[bool] = True
+
+    def __init__(self, config: Config, dim: int, linear: Linear.Config):
+        super().__init__()
+        sizes = {"dim": dim, "n_experts": config.n_experts, "top_k": config.top_k}
+        self.router: Router = config.router.build(**sizes)
+        self.experts: Experts = config.experts.build(**sizes)
+        self.offset: Offset = config.offset.build(n_experts=config.n_experts)
+        self.balance = nn.ModuleList(balance.build() for balance in config.balance)
+        self.shared = SharedExperts(dim, config.shared_hidden, linear) if config.shared_hidden else NoSharedExperts()
+        self.tally = Tally(config.n_experts)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        tokens = x.flatten(0, 1)  # (N, D)
+        routing = self.router(tokens, self.offset())
+        if context.token_weight is not None:
+            self.tally.add(routing.experts)
+            tokens = self.balanced(tokens, routing, len(x), context.token_weight)
+        return self.shared(self.routed(tokens, routing).view_as(x), x, context)
+
+    def balanced(self, tokens: Tensor, routing: Routing, n_rows: int, token_weight: Tensor) -> Tensor:
+        """The tokens, carrying the balancing losses."""
+        for balance in self.balance:
+            tokens = add_loss(tokens, cast(Balance, balance).loss(routing, n_rows) * token_weight)
+        return tokens
+
+    def after_step(self, total: Total) -> None:
+        self.offset.move(self.tally.close(), total)
+
+    def metrics(self, total: Total) -> dict[str, Tensor]:
+        """`max_load`: the busiest expert's share of the choices times E; 1 is perfect balance, E / k the worst."""
+        assert self.tally.last is not None, "metrics are of a step that has ended"
+        load = total(self.tally.last)
+        return {"max_load": load.max() / load.mean()}
+
+    def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
+        """What the chosen experts make of tokens (N, D): weighted outputs, added for each token."""
+        N, k = routing.experts.shape
+        expert, order = routing.experts.flatten().sort(stable=True)  # (N k)
+        numbers = torch.arange(routing.logits.shape[-1], device=tokens.device)
+        # Nothing here reads a number back from the device: how many tokens each expert has stays there.
+        ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
+        y = self.experts(tokens[order // k], ends)  # (N k, D), sorted by expert
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=order.device))
+        y = y[back].view(N, k, -1)
+        return (y * routing.weights[..., None].to(y.dtype)).sum(1)
+
+
+class SharedExperts(nn.Module):
+    """Adds to the routed experts' y what a gated network makes of every token x."""
+
+    def __init__(self, dim: int, hidden: int, linear: Linear.Config):
+        super().__init__()
+        self.ffn = GLU.Config(hidden=hidden).build(dim=dim, linear=linear)
+
+    def forward(self, y: Tensor, x: Tensor, context: Context) -> Tensor:
+        return y + self.ffn(x, context)
+
+
+class NoSharedExperts(nn.Module):
+    """The routed experts alone."""
+
+    def forward(self, y: Tensor, x: Tensor, context: Context) -> Tensor:
+        return y
