@@ -65,7 +65,7 @@ def test_attention_against_transformers_mpt(n_heads: int):
 
     dim = 8 * n_heads
     model = tiny_model(dim=dim, n_layers=1, attention={"n_heads": n_heads, "position": "alibi"})
-    ours = next(iter(model.stack.schedule())).attention
+    ours = model.stack.blocks["0"].attention
     theirs = MptAttention(MptConfig(d_model=dim, n_heads=n_heads, max_seq_len=20)).eval()
     with torch.no_grad():
         for linear in (ours.q, ours.k, ours.v, ours.o):

@@ -223,7 +223,7 @@ def refusal(model: dict[str, Any], **sections: Any) -> dict[str, str]:
         ({"stack": "shared", "residual": "admin"}, "model.residual.type", 'model.stack.scope = "block"'),
         (
             {"stack": "shared", "layers": [{"at": -1, "attention": {"position": "none"}}]},
-            "model.layers[0].attention",
+            "model.layers[0].attention.position",
             "model.stack.scope",
         ),
     ],

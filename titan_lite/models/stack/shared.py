@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 from pydantic import Field
 from torch import Tensor, nn
 
+from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem, show
 from titan_lite.config.fields import Count, PositiveInt
 from titan_lite.models.block import Block, Layer
@@ -75,17 +76,14 @@ class SharingStack(Stack):
                 first = plan.index(use)
                 one, other = of_layer[number], of_layer[first]
                 for slot in slots:
-                    mine, theirs = getattr(one.layer, slot).model_dump(), getattr(other.layer, slot).model_dump()
-                    if mine == theirs:
-                        continue
-                    field = next(key for key in ("type", *mine) if mine.get(key) != theirs.get(key))
-                    key = (one if slot in one.entries else other).key(slot)
-                    if key not in said:
-                        why = f"layer {number} shares parameters with layer {first} (model.stack.scope = "
-                        why += f"{show(self.scope)}), where model.{slot}.{field} is another one"
-                        allowed = f"the same model.{slot} in layers that share, or another model.stack.scope"
-                        yield Problem(CROSS_FIELD, key, why, allowed=allowed)
-                    said.add(key)
+                    for field in _differing(getattr(one.layer, slot), getattr(other.layer, slot)):
+                        key = f"{(one if slot in one.entries else other).key(slot)}.{field}"
+                        if key not in said:
+                            why = f"layer {number} shares parameters with layer {first} (model.stack.scope = "
+                            why += f"{show(self.scope)}), where model.{slot}.{field} is another one"
+                            allowed = f"the same model.{slot} in layers that share, or another model.stack.scope"
+                            yield Problem(CROSS_FIELD, key, why, allowed=allowed)
+                        said.add(key)
 
     def __init__(self, config: Config, dim: int, layers: Sequence[Layer]):
         super().__init__(config, layers)
@@ -131,6 +129,14 @@ class SharingStack(Stack):
         for index, number in enumerate(self.executed):
             uses.update((*self.holders(index), self.blocks[str(number)]))
         return {unit: Executions(n, n) for unit, n in uses.items() if n > 1}
+
+
+def _differing(one: SlotConfig, other: SlotConfig) -> list[str]:
+    """The keys in which two tables differ: `type` alone where they are of two types."""
+    mine, theirs = one.model_dump(), other.model_dump()
+    if mine.get("type") != theirs.get("type"):
+        return ["type"]
+    return [key for key in mine if mine[key] != theirs[key]]
 
 
 def _block(module: nn.Module) -> Block:
