@@ -220,7 +220,8 @@ def test_flash_attn_refuses_what_would_hide_them(table: dict[str, Any], word: st
 
 def test_x_transformers_num_mem_kv() -> None:
     """The same thing there: keys and values before those of the tokens."""
-    x_transformers = pytest.importorskip("x_transformers.x_transformers")
+    from x_transformers import x_transformers
+
     theirs = x_transformers.Attention(dim=D, heads=4, dim_head=8, kv_heads=4, causal=True, num_mem_kv=N, flash=False)
     module = attention(**with_registers(n_kv_heads=4, position="none", kernel="eager"))
     with torch.no_grad():
