@@ -38,6 +38,8 @@ class LayerCache(LayerMemory):
 class KVCache(Memory):
     """Keys and values of every executed layer, for up to `capacity` tokens."""
 
+    grows = True
+
     def __init__(self, capacity: int):
         self.capacity = capacity
         self.length = 0

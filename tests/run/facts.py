@@ -19,6 +19,7 @@ def run_facts(folder: Path, **changes: Any) -> RunFacts:
         parameters_without_embedding=6_032_384,
         flops_per_token=41_234_567,
         layout="FSDP 2",
+        kernels="flex x 5, sdpa x 1",
         device="NVIDIA A100-SXM4-80GB",
         peak_flops=312e12,
         world_size=2,

@@ -63,7 +63,7 @@ GEMMA2: Final = LlamaLike(
     model_type="gemma2",
     class_name="Gemma2ForCausalLM",
     keys=(*SHARED, Rope(), ByLayer()),
-    fixed={**FIXED, "attention": {"kernel": "eager"}},
+    fixed=FIXED,
     norms=AROUND_BRANCHES,
     gain=LESS_ONE,
 )

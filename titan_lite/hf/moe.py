@@ -128,7 +128,7 @@ GPT_OSS: Final = GptOss(
         ByLayer(),
     ),
     fixed={
-        "attention": {"sink": {"type": "logit"}, "kernel": "eager"},
+        "attention": {"sink": {"type": "logit"}},
         "ffn": {
             "type": "moe",
             "router": {"type": "softmax", "bias": True},

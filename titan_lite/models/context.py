@@ -67,6 +67,8 @@ class Memory(Protocol):
     """Tokens before those of this call."""
     plain_keys: bool = False
     """Whether positions act on all keys in each call: keys are remembered without, since their positions change."""
+    grows: bool = False
+    """Whether each call finds more keys than the one before, as in decoding: then nothing is worth compiling for it."""
 
     def layer(self, index: int) -> LayerMemory:
         """The part that belongs to executed layer `index`."""

@@ -80,6 +80,7 @@ def fact_lines(facts: RunFacts) -> list[tuple[str, str]]:
             f"{format_count(facts.flops_per_token)}FLOPs per token",
         ),
         ("layout", f"{facts.layout}; {facts.world_size} x {facts.device}, peak {peak}"),
+        ("kernels", facts.kernels),
         ("data", facts.data),
         (
             "batch",

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
+import torch
+
+from titan_lite.models.attention import Attention
+from titan_lite.models.attention.kernel import Kernel
 from titan_lite.models.flops import active_parameters, training_flops_per_token
+from titan_lite.models.transformer import Transformer
 from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
 
@@ -28,6 +34,7 @@ def run_facts(trainer: Trainer) -> RunFacts:
         parameters_without_embedding=sum(sizes.values()) - embedding,
         flops_per_token=training_flops_per_token(training.model, training.specs, span),
         layout=f"{world.layout}, {dtype} compute",
+        kernels=attention_kernels(training.model, world.device, job.training.seq_len, span),
         device=name,
         peak_flops=peak_flops(name),
         world_size=world.size,
@@ -45,3 +52,12 @@ def run_facts(trainer: Trainer) -> RunFacts:
         resumed_from=trainer.resumed_from,
         run_id=trainer.checkpoints.run_id,
     )
+
+
+def attention_kernels(model: Transformer, device: torch.device, n_queries: int, n_keys: int) -> str:
+    """The kernels of the model's attentions on rows of so many tokens, the commonest first."""
+    parts = (part for module in model.modules() if isinstance(module, Attention) for part in module.shared())
+    names = Counter(part.acting(device, n_queries, n_keys) for part in parts if isinstance(part, Kernel))
+    if len(names) < 2:
+        return "".join(names)
+    return ", ".join(f"{name} x {count}" for name, count in names.most_common())

@@ -26,6 +26,8 @@ class RunFacts:
     """Forward and backward, of the whole model."""
     layout: str
     """The parallel layout in words, such as "FSDP 8"."""
+    kernels: str
+    """What computes the attention, such as "sdpa" or, with how many attentions each, "flex x 5, sdpa x 1"."""
     device: str
     """Name of one device, as `device_name` gives it."""
     peak_flops: float | None

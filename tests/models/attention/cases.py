@@ -102,7 +102,7 @@ class Case:
         """What a forward over tokens `start` to `stop` tells the kernel."""
         positions = torch.arange(start, self.n_tokens if stop is None else stop)
         given = self.documents if documents else None
-        context = Context(positions, given, SimpleNamespace(length=start), noise, prepared={}, carry={})
+        context = Context(positions, given, SimpleNamespace(length=start, grows=False), noise, prepared={}, carry={})
         return context._replace(prepared={kernel.key: kernel.prepare(context)})
 
     def run(self, name: str, noise: Noise | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.generation import KVCache
 from titan_lite.job import Job
+from titan_lite.models.attention.kernel.base import WASTE
 from titan_lite.models.context import TrainingFacts
 from titan_lite.models.dropout import Noise
 from titan_lite.models.position import ScoreBias
@@ -27,6 +28,8 @@ ATOL = 1e-5
 """fp32 against float64, one attention."""
 GRADIENT_ATOL = 2e-5
 """Sums over up to 150 tokens."""
+
+ON_CUDA = 'on a machine with CUDA devices it is "flex", which leaves them out'
 
 LONG = 150
 """More tokens than a block of FlexAttention, and no multiple of one."""
@@ -287,7 +290,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], Refused]] = {
         {"kernel": "sdpa", "score": "softmax_capped", "dropout": 0.1, "sink": "logit"},
         [("E005", "score.type"), ("E005", "dropout"), ("E005", "sink.type")],
     ),
-    "sdpa, elu": ({"score": "elu"}, [("E005", "score.type")]),
+    "sdpa, elu": ({"kernel": "sdpa", "score": "elu"}, [("E005", "score.type")]),
     "flex": (
         {"kernel": "flex", "score": "relu_squared", "dropout": 0.1},
         [("E005", "score.type"), ("E005", "dropout"), ("E014", "kernel.type")],
@@ -299,14 +302,16 @@ REFUSALS: dict[str, tuple[dict[str, Any], Refused]] = {
             ("E005", "dropout"),
             ("E005", "value_dim"),
             ("E014", "kernel.type"),
-            ("E014", "kernel.type"),
         ],
     ),
     "flash_attn, wide heads and a sink": (
         {"kernel": "flash_attn", "head_dim": 264, "sink": "logit"},
-        [("E005", "sink.type"), ("E005", "head_dim"), ("E014", "kernel.type"), ("E014", "kernel.type")],
+        [("E005", "sink.type"), ("E005", "head_dim"), ("E014", "kernel.type")],
     ),
     "sink without softmax": ({"kernel": "eager", "score": "elu", "sink": "logit"}, [("E005", "sink.type")]),
+    "auto without softmax": ({"score": "elu", "sink": "logit"}, [("E005", "sink.type")]),
+    "auto": ({"score": "elu", "dropout": 0.1, "value_dim": 24}, []),
+    "auto with a sink": ({"score": "softmax_capped", "dropout": 0.1, "sink": "logit"}, []),
     "eager": ({"kernel": "eager", "score": "elu", "dropout": 0.1, "value_dim": 24}, []),
     "eager with a sink": ({"kernel": "eager", "score": "softmax_capped", "dropout": 0.1, "sink": "logit"}, []),
 }
@@ -337,26 +342,27 @@ def test_what_a_kernel_does_not_compute_is_refused(attention: dict[str, Any], ex
 
 
 def test_the_kernels_that_could_are_named() -> None:
-    (*_, allowed), *_ = refused({"score": "softmax_capped"})
-    assert allowed == '"softmax", or kernel = "eager" or "flash_attn" or "flex"'
-    (*_, allowed), *_ = refused({"sink": "logit"})
-    assert allowed == '"none", or kernel = "eager" or "flex"'
+    (*_, allowed), *_ = refused({"kernel": "sdpa", "score": "softmax_capped"})
+    assert allowed == '"softmax", or kernel = "auto" or "eager" or "flash_attn" or "flex"'
+    (*_, allowed), *_ = refused({"kernel": "sdpa", "sink": "logit"})
+    assert allowed == '"none", or kernel = "auto" or "eager" or "flex"'
 
 
 def test_what_the_machine_must_have(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [why for *_, why, _ in refused({"kernel": "flash_attn"})] == [
-        "flash_attn runs on CUDA only, and there is no CUDA device on this machine",
-        "flash_attn is not installed: pip install 'titan_lite[flash]'",
-    ]
+    others = '"auto", "sdpa" or "eager"'
+    why = "flash_attn runs on CUDA only, and there is no CUDA device on this machine"
+    assert refused({"kernel": "flash_attn"}) == [("E014", "kernel.type", why, others)]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    why = "flash_attn is not installed: pip install 'titan_lite[flash]'"
+    assert refused({"kernel": "flash_attn"}) == [("E014", "kernel.type", why, others)]
     assert refused({"kernel": "flex"}) == []
     assert [key for _, key, *_ in refused({"kernel": "flex", "head_dim": 8})] == ["head_dim", "value_dim"]
-    assert len(refused({"kernel": "flash_attn"})) == 1
     monkeypatch.setattr("titan_lite.models.attention.kernel.flash.is_installed", lambda name: name == "flash_attn")
     assert refused({"kernel": "flash_attn"}) == []
     in_float32 = refused({"kernel": "flash_attn"}, training={"mixed_precision_param": "float32"})
     assert [(code, key) for code, key, *_ in in_float32] == [("E005", "kernel.type")]
     assert "training.mixed_precision_param" in in_float32[0][2]
+    assert in_float32[0][3] == f'{others}, or training.mixed_precision_param = "bfloat16"'
 
 
 def test_scores_that_are_computed_for_nothing_are_said_once() -> None:
@@ -364,13 +370,37 @@ def test_scores_that_are_computed_for_nothing_are_said_once() -> None:
     line = 'kernel = "sdpa" also computes the scores that a window or a document mask hides; '
     line += 'kernel = "flash_attn" or "flex" leaves them out, on a machine with CUDA devices'
     assert job({}).warnings == ()
-    assert job({"masks": masks}).warnings == (line,)
-    model = {"dim": 64, "attention": {"n_heads": 4, "masks": MASKS["document"]}}
+    assert job({"masks": masks, "kernel": "sdpa"}).warnings == (line,)
+    model = {"dim": 64, "attention": {"n_heads": 4, "kernel": "sdpa", "masks": MASKS["document"]}}
     entries = [{"at": "1::2", "attention": {"masks": masks}}]
     assert job_from_dict({"model": model | {"layers": entries}}).warnings == (line,)
     assert job({"masks": masks, "kernel": "flex"}, files=False).warnings == ()
     only_eager = job({"masks": masks, "kernel": "eager", "score": "elu"}).warnings
     assert only_eager == ('kernel = "eager" also computes the scores that a window or a document mask hides',)
+
+
+@pytest.mark.parametrize(
+    ("attention", "here", "on_cuda"),
+    [
+        ({}, "", ""),
+        ({"score": "softmax_capped"}, "", ""),
+        ({"masks": MASKS["window"]}, f'"sdpa" here, which {WASTE}; {ON_CUDA}', ""),
+        ({"masks": MASKS["document"], "sink": "logit"}, f'"eager" here, which {WASTE}; {ON_CUDA}', ""),
+        ({"masks": MASKS["window"], "score": "elu"}, f'"eager" here, which {WASTE}', f'"eager" here, which {WASTE}'),
+        (
+            {"masks": MASKS["window"], "head_dim": 8},
+            f'"sdpa" here, which {WASTE}; {ON_CUDA}',
+            f'"sdpa" here, which {WASTE}; kernel = "flash_attn" leaves them out',
+        ),
+    ],
+    ids=str,
+)
+def test_what_auto_computes_for_nothing_is_said(
+    attention: dict[str, Any], here: str, on_cuda: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for devices, expected in ((0, here), (8, on_cuda)):
+        monkeypatch.setattr("torch.cuda.device_count", lambda devices=devices: devices)
+        assert job(attention).warnings == ((f'kernel = "auto" is {expected}',) if expected else ())
 
 
 def test_flex_that_is_asked_to_train_on_a_cpu_says_so() -> None:

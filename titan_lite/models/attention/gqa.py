@@ -14,7 +14,7 @@ from titan_lite.config.fields import Count, PositiveFloat, PositiveInt, Probabil
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.attention.base import Attention
 from titan_lite.models.attention.gate import Gate, NoGate
-from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel, Scoring
+from titan_lite.models.attention.kernel import Auto, Kernel, PreparedKernel, Scoring
 from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
 from titan_lite.models.attention.registers import NoRegisters, Registers
@@ -70,7 +70,7 @@ class GroupedAttention(Attention):
         """What a query may attend to instead of any token."""
         gate: Gate.Config = NoGate.Config()
         """Gate on the heads' output."""
-        kernel: Kernel.Config = SDPA.Config()
+        kernel: Kernel.Config = Auto.Config()
         """What computes the attention."""
 
         def width(self, dim: int) -> int:
@@ -141,7 +141,7 @@ class GroupedAttention(Attention):
             dropout=config.dropout,
             registers=self.registers.n,
         )
-        self.kernel = config.kernel.build(scoring=scoring)
+        self.kernel = config.kernel.build_for(config, dim, scoring)
         self.sink = config.sink.build(n_heads=self.n_heads)
         self.gate = config.gate.build(dim=dim, n_heads=self.n_heads, value_dim=self.value_dim, linear=linear)
 

@@ -1,5 +1,6 @@
 """What computes the attention, once queries, keys and values are there."""
 
+from titan_lite.models.attention.kernel.auto import Auto as Auto
 from titan_lite.models.attention.kernel.base import Grids as Grids
 from titan_lite.models.attention.kernel.base import Kernel as Kernel
 from titan_lite.models.attention.kernel.base import PreparedKernel as PreparedKernel

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Final, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -47,6 +47,12 @@ class Scoring:
     def documents(self, context: Context) -> Tensor | None:
         """(B, T) document numbers where a mask asks for them."""
         return context.documents if any(mask.reads_documents for mask in self.masks) else None
+
+    def plain_causal(self, n_queries: int, n_keys: int, documents: bool) -> bool:
+        """Whether scores only have to be hidden by the causal mask of a square, with or without document numbers."""
+        hiding = (mask for mask in self.masks if mask.hides(n_keys, documents))
+        square = n_queries == n_keys and not self.registers
+        return square and not self.bias.key and all(isinstance(mask, Causal) for mask in hiding)
 
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
         """What all masks allow; arguments as for `Mask.allowed`."""
@@ -114,7 +120,7 @@ class Kernel(Module):
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "kernel"
-        default_type: ClassVar[str | None] = "sdpa"
+        default_type: ClassVar[str | None] = "auto"
         scores: ClassVar[tuple[str, ...] | None] = None
         """Types of the score slot that it computes; None = all."""
         no_dropout: ClassVar[str] = ""
@@ -123,6 +129,11 @@ class Kernel(Module):
         """Why it has no `with_lse`; empty = it has."""
         skips: ClassVar[bool] = False
         """Whether it leaves out blocks of keys that no query of a block may see."""
+
+        def build_for(self, attention: GroupedAttention.Config, dim: int, scoring: Scoring) -> Kernel:
+            """The kernel of such an attention in a model of width `dim`."""
+            kernel: Kernel = self.build(scoring=scoring)
+            return kernel
 
         def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
             """What this kernel does not compute of the attention around it, in a model of width `dim`.
@@ -148,13 +159,15 @@ class Kernel(Module):
 
         def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
-            masks = [mask.build() for mask in attention.masks]
-            if self.skips or not any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks):
-                return
-            line = f'kernel = "{type_of(self)}" also computes the scores that a window or a document mask hides'
-            able = _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))
-            where = "" if has_cuda() else ", on a machine with CUDA devices"
-            yield f"{line}; kernel = {able} leaves them out{where}" if able else line
+            if not self.skips and hides_some(attention, seq_len):
+                line = f'kernel = "{type_of(self)}" {WASTE}'
+                able = skipping_kernels(attention, dim)
+                where = "" if has_cuda() else ", on a machine with CUDA devices"
+                yield f"{line}; kernel = {able} leaves them out{where}" if able else line
+
+    def acting(self, device: torch.device, n_queries: int, n_keys: int) -> str:
+        """The type of the kernel that computes this in a packed row of training."""
+        return type_of(self.Config)
 
     def prepare(self, context: Context) -> Any:
         raise NotImplementedError
@@ -167,8 +180,22 @@ class Kernel(Module):
         raise NotImplementedError
 
 
-def type_of(config: SlotConfig) -> str:
-    return type(config).model_fields["type"].default
+WASTE: Final = "also computes the scores that a window or a document mask hides"
+
+
+def hides_some(attention: GroupedAttention.Config, seq_len: int) -> bool:
+    """Whether any mask beside the causal one hides keys of a packed row."""
+    masks = [mask.build() for mask in attention.masks]
+    return any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks)
+
+
+def skipping_kernels(attention: GroupedAttention.Config, dim: int) -> str:
+    """The names of the kernels that compute this attention and leave out what is hidden; empty where none does."""
+    return _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))
+
+
+def type_of(config: SlotConfig | type[SlotConfig]) -> str:
+    return (config if isinstance(config, type) else type(config)).model_fields["type"].default
 
 
 def _either(names: Iterable[str]) -> str:

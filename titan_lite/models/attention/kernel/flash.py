@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 WIDEST_HEAD = 256
 MASKS = (Causal.Config, Documents.Config, SlidingWindow.Config)
+OTHERS = '"auto", "sdpa" or "eager"'
+"""Kernels that run wherever this one does not."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -71,14 +73,14 @@ class FlashAttention(Kernel):
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if job.training.dtype == job.training.mixed_precision_param == "float32":
                 why = 'flash_attn computes in 16 bits, and training.mixed_precision_param is "float32"'
-                allowed = '"sdpa", "flex" or "eager", or training.mixed_precision_param = "bfloat16"'
+                allowed = f'{OTHERS}, or training.mixed_precision_param = "bfloat16"'
                 yield Problem(CROSS_FIELD, ".type", why, self.type, allowed)
             if not has_cuda():
                 why = "flash_attn runs on CUDA only, and there is no CUDA device on this machine"
-                yield Problem(NOT_HERE, ".type", why, self.type, '"eager", or "sdpa" for a plain softmax')
-            if not is_installed("flash_attn"):
+                yield Problem(NOT_HERE, ".type", why, self.type, OTHERS)
+            elif not is_installed("flash_attn"):
                 why = "flash_attn is not installed: pip install 'titan_lite[flash]'"
-                yield Problem(NOT_HERE, ".type", why, self.type, '"sdpa", "flex" or "eager" without the extra `flash`')
+                yield Problem(NOT_HERE, ".type", why, self.type, OTHERS)
 
     def __init__(self, config: Config, scoring: Scoring):
         super().__init__()

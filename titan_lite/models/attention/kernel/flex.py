@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from titan_lite.job import Job
     from titan_lite.models.attention.gqa import GroupedAttention
 
+BLOCK = 128
+"""Queries, and keys, of the blocks that are computed or left out as a whole: torch's default."""
 SMALLEST_HEAD = 16
 """Narrowest head of the kernel that torch writes for CUDA."""
 
@@ -63,7 +65,7 @@ class Flex(Kernel):
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if not has_cuda():
                 why = "FlexAttention has no backward on a CPU, and there is no CUDA device on this machine"
-                yield Problem(NOT_HERE, ".type", why, self.type, '"eager", or "sdpa" for a plain softmax')
+                yield Problem(NOT_HERE, ".type", why, self.type, '"auto", "sdpa" or "eager"')
 
     def __init__(self, config: Config, scoring: Scoring):
         super().__init__()

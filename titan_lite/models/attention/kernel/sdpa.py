@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys
-from titan_lite.models.attention.mask import Causal
 from titan_lite.models.context import Context
 
 
@@ -38,10 +37,7 @@ class SDPA(Kernel):
     def prepare(self, context: Context) -> SDPAMask:
         """A mask, (T, S), (B, 1, T, S) or with H, only where the built-in causal one does not say it all."""
         size, documents = n_keys(context), context.documents is not None
-        hiding = [mask for mask in self.scoring.masks if mask.hides(size, documents)]
-        causal = all(isinstance(mask, Causal) for mask in hiding)
-        square = context.memory.length == self.scoring.registers == 0
-        if causal and square and not self.scoring.bias.key:
+        if self.scoring.plain_causal(len(context.positions), size, documents):
             return SDPAMask(is_causal=True, mask=None)
         grids = self.scoring.grids(context, size)
         if grids.bias is None:
