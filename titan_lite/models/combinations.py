@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem, show
+from titan_lite.models import idle
 from titan_lite.models.attention import GroupedAttention, ValueResidual
 from titan_lite.models.attention.kernel.flash import FlashAttention
 from titan_lite.models.attention.mask import Documents, SlidingWindow
@@ -57,7 +58,6 @@ NGPT: tuple[Rule, ...] = (
     *(_ngpt("needs", key, (0.0,), f"it has no dropout: {_ONE_LENGTH}") for key in _DROPOUTS),
     _ngpt("needs", "model.residual.scale.type", ("none",), "a branch's length does not matter, its scale is alpha"),
     _ngpt("excludes", "model.ffn.type", ("moe", "peer"), f"how experts keep it is not published: {_ONE_LENGTH}"),
-    _ngpt("needs", "optimizer.weight_decay", (0.0,), f"there is nothing to decay: {_ONE_LENGTH}"),
     Rule(
         "model.linear.type",
         ("unit",),
@@ -262,7 +262,7 @@ def _what_memory_needs(settings: Settings) -> Iterator[Problem]:
             yield Problem(CROSS_FIELD, "model.memory.length", why, memory.length, f"at most {mask.window - 1}")
 
 
-CHECKS: tuple[Check, ...] = (_residual_everywhere, _values_of_one_shape, _what_memory_needs)
+CHECKS: tuple[Check, ...] = (_residual_everywhere, _values_of_one_shape, _what_memory_needs, *idle.CHECKS)
 """Rules that are no row: they compute something."""
 
 
@@ -302,6 +302,15 @@ def _ngpt_warms_up(settings: Settings) -> Iterator[str]:
         yield f'lr_scheduler.warmup_steps = {steps} with {key} = "ngpt": it is defined, and compared, without warm-up'
 
 
+def _unit_vectors_decay(settings: Settings) -> Iterator[str]:
+    """nGPT is defined without weight decay; with it, it is the same with other rates."""
+    decay = settings.job.optimizer.weight_decay
+    if decay and settings.values("model.linear.type") == ["unit"]:
+        why = "weights that get their length back in each step do not decay, but turn by 1 / (1 - lr * weight_decay) "
+        why += "times as much; nGPT has 0.0"
+        yield f'optimizer.weight_decay = {show(decay)} with {settings.key("model.linear.type")} = "unit": {why}'
+
+
 _COUNTED_FROM_THE_ROW = {
     "model.embedding.position.type": ("learned", "sinusoidal"),
     "model.attention.qk_norm.type": ("l2_scaled",),
@@ -320,8 +329,10 @@ def _documents_are_not_alone(settings: Settings) -> Iterator[str]:
 REMARKS: tuple[Callable[[Settings], Iterable[str]], ...] = (
     _rest_of_ngpt,
     _ngpt_warms_up,
+    _unit_vectors_decay,
     _alibi_beside_rope,
     _documents_are_not_alone,
+    *idle.REMARKS,
 )
 """Warnings that are no row."""
 

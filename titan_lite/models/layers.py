@@ -113,10 +113,7 @@ def variants(model: Transformer.Config) -> list[Variant]:
         return [Variant(_layer(model, _Choices()), range(model.n_layers), {})]
     errors: list[InitErrorDetails] = []
     chosen = [_chosen(index, entry, model.n_layers, errors) for index, entry in enumerate(model.layers)]
-    users: dict[tuple[int, ...], list[int]] = {}
-    for number in range(model.n_layers):
-        entries = tuple(index for index, numbers in enumerate(chosen) if number in numbers)
-        users.setdefault(entries, []).append(number)
+    users = _users(chosen, model.n_layers)
     for index, numbers in enumerate(chosen):
         if not numbers:
             users[index,] = []  # so that its tables are looked at all the same
@@ -125,6 +122,34 @@ def variants(model: Transformer.Config) -> list[Variant]:
         once = {details["loc"]: details for details in errors}
         raise ValidationError.from_exception_data("model.layers", list(once.values()))
     return found
+
+
+def _users(chosen: Sequence[frozenset[int]], n_layers: int) -> dict[tuple[int, ...], list[int]]:
+    """Entries, by the layers that each has chosen -> the layers for which just these speak."""
+    users: dict[tuple[int, ...], list[int]] = {}
+    for number in range(n_layers):
+        entries = tuple(index for index, numbers in enumerate(chosen) if number in numbers)
+        users.setdefault(entries, []).append(number)
+    return users
+
+
+def overridden(model: Transformer.Config) -> Iterator[tuple[int, str]]:
+    """(entry of model.layers, slot) of each table that would have an effect if later entries did not take it back."""
+    users = _users([selected(entry.at, model.n_layers) for entry in model.layers], model.n_layers)
+    for index, entry in enumerate(model.layers):
+        for slot in entry.tables():
+            groups = [entries for entries in users if index in entries]
+            mattered = any(_changes(model, slot, entries[: entries.index(index) + 1], index) for entries in groups)
+            if mattered and not any(_changes(model, slot, entries, index) for entries in groups):
+                yield index, slot
+
+
+def _changes(model: Transformer.Config, slot: str, entries: tuple[int, ...], index: int) -> bool:
+    """Whether the slot would be another one without entry `index` among these."""
+    errors: list[InitErrorDetails] = []
+    found = [_variant(model, chosen, (), errors) for chosen in (entries, tuple(i for i in entries if i != index))]
+    one, other = (getattr(variant.layer, slot).model_dump() for variant in found)
+    return bool(errors) or one != other
 
 
 def _chosen(index: int, entry: LayerOverride, n_layers: int, errors: list[InitErrorDetails]) -> frozenset[int]:
