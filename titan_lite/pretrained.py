@@ -15,6 +15,7 @@ from titan_lite.config.errors import NOT_AVAILABLE, ConfigError
 from titan_lite.config.load import job_from_toml
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.job import Job
+from titan_lite.models.module import warn_of_doubts
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.parallel.precision import DTYPES
 
@@ -43,4 +44,5 @@ def load_pretrained(path: Path, device: torch.device) -> Pretrained:
         model: Transformer = job.model.build(vocab_size=vocab_size_for(job.model, tokenizer.vocab_size))
     model.to(DTYPES[job.training.dtype]).to_empty(device=device)
     restore(folder, model_tensors(model), model_only=True)
+    warn_of_doubts(model, folder)
     return Pretrained(model.eval(), tokenizer, job)

@@ -13,10 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titan_lite.calibration import calibrate
-from titan_lite.checkpoint.compare import model_problems
-from titan_lite.checkpoint.facts import RunFacts as CheckpointFacts
-from titan_lite.checkpoint.folder import list_steps
 from titan_lite.checkpoint.manager import CheckpointManager, Start
 from titan_lite.checkpoint.restore import read_train_state
 from titan_lite.checkpoint.state import (
@@ -27,20 +23,22 @@ from titan_lite.checkpoint.state import (
 )
 from titan_lite.checkpoint.world import agreed
 from titan_lite.config.errors import CROSS_FIELD, ConfigError
-from titan_lite.config.load import job_from_toml, to_toml
+from titan_lite.config.load import to_toml
 from titan_lite.data.batch import IGNORE, Batch
-from titan_lite.data.loader import TrainBatches, data_fingerprint, train_batches, validation_batches
+from titan_lite.data.loader import TrainBatches, train_batches, validation_batches
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.job import Job
-from titan_lite.models.module import collect_metrics
+from titan_lite.models.module import collect_metrics, warn_of_doubts
 from titan_lite.models.transformer import vocab_size_for
 from titan_lite.parallel.flight_recorder import set_up_flight_recorder
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World, pick_device
+from titan_lite.run.calibrate import calibrate
 from titan_lite.run.determinism import seed_everything, set_deterministic
 from titan_lite.run.facts import run_facts
 from titan_lite.run.files import write_whole
 from titan_lite.run.hooks import StepResult
+from titan_lite.run.identity import checkpoint_facts, refuse_another_run
 from titan_lite.run.lock import RunLock
 from titan_lite.run.logging import logger, setup_logging
 from titan_lite.run.observe import build_hooks
@@ -108,10 +106,11 @@ class Trainer:
         with agreed(world):
             self.tokenizer: Tokenizer = job.tokenizer.build()
             vocab_size = vocab_size_for(job.model, self.tokenizer.vocab_size)
-        self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, self._checkpoint_facts())
+        facts = checkpoint_facts(job, world, self.tokenizer)
+        self.checkpoints = CheckpointManager(job.checkpoint, self.folder, world, facts)
         start = self.checkpoints.start()
         if start is None:
-            self._refuse_another_run()
+            refuse_another_run(job, self.folder)
         filled = start is not None and not job.checkpoint.exclude_from_loading
         self.training = build(job, world, self.precision, vocab_size, blank=filled)
         self.progress = Progress(0, 0, self._first_global_batch_size(), job.debug.seed, None)
@@ -124,17 +123,6 @@ class Trainer:
         training = self.job.training
         given = training.global_batch_size
         return training.local_batch_size * self.world.dp_size if given == -1 else given
-
-    def _refuse_another_run(self) -> None:
-        """A run that starts from nothing must not write over another one: one with checkpoints, or of another model."""
-        config, written = self.job.checkpoint, self.folder / "config.toml"
-        if written.exists():
-            identity = job_from_toml(written.read_text(encoding="utf-8"), written).model.identity()
-            if problems := model_problems(written, identity, self.job.model.identity()):
-                raise ConfigError(problems)
-        if not config.enable and list_steps(self.folder / config.folder):
-            why = f"is off, but {self.folder / config.folder} holds checkpoints of a run"
-            raise ConfigError.at("checkpoint.enable", why, False, "true, or another job.dump_folder", code=CROSS_FIELD)
 
     def _accumulation(self) -> int:
         """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
@@ -153,26 +141,6 @@ class Trainer:
         share = size // ranks
         return range(rank * share, (rank + 1) * share)
 
-    def _checkpoint_facts(self) -> CheckpointFacts:
-        job = self.job
-        return CheckpointFacts(
-            config=to_toml(job),
-            model=job.model.identity(),
-            tokenizer=self.tokenizer.fingerprint(),
-            data=self._agreed_data_fingerprint(),
-            layout=dict(zip(("dp_replicate", "dp_shard"), self.world.mesh.shape, strict=True))
-            if self.world.mesh
-            else {},
-        )
-
-    def _agreed_data_fingerprint(self) -> str:
-        """The data's fingerprint, which every rank must see alike: the rows they read belong to one global batch."""
-        with agreed(self.world):
-            mine = data_fingerprint(self.job.data)
-        if len(set(self.world.gather(mine))) > 1:
-            raise ConfigError.at("data.source", "the ranks see different data: are all files there on every node?")
-        return mine
-
     # ---- checkpoints
 
     def _tensors(self, remembered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -190,6 +158,7 @@ class Trainer:
             return str(start.folder)
         if start.model_only:
             self.checkpoints.load(start, model_tensors(self.training.model))
+            warn_of_doubts(self.training.model, start.folder)
             return str(start.folder)
         with agreed(self.world):
             saved = read_train_state(start.folder)
@@ -199,6 +168,7 @@ class Trainer:
         materialize_optimizer_state(self.training.optimizer)
         remembered = self.training.memory.state(rows)
         state = self.checkpoints.load(start, self._tensors(remembered))
+        warn_of_doubts(self.training.model, start.folder)
         self.training.memory.restore(remembered, rows)
         if "cursors" not in state:  # left out: the data start again, in lanes and an order of this config
             state |= {"global_batch_size": self.progress.global_batch_size, "seed": self.progress.seed}

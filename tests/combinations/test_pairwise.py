@@ -18,7 +18,6 @@ from tests.checkpoint.helpers import make_manager, same_bits
 from tests.combinations.covering import Covering
 from tests.combinations.factors import ABSENT, VOCAB, factors, plain_row, write_files
 from tests.combinations.refusals import job_of, refused
-from titan_lite.calibration import calibrate
 from titan_lite.checkpoint.state import materialize_optimizer_state, memory_tensors, model_tensors, optimizer_tensors
 from titan_lite.config.check import tables_of
 from titan_lite.config.component import SlotConfig
@@ -31,6 +30,7 @@ from titan_lite.models.ffn import MoE
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
+from titan_lite.run.calibrate import calibrate
 from titan_lite.step import MicroBatch, Training, build, step
 
 ATOL = 1e-5

@@ -23,8 +23,8 @@ from tests.models.tiny import VOCAB, tiny_model
 from tests.runs import CPU, build_tiny, full, global_batch, tiny_job
 from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
+from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.linear import UnitLinear, to_unit_length
-from titan_lite.models.scale import LearnedScale
 from titan_lite.models.transformer import Transformer
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.parallel.precision import Precision

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Final, Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from titan_lite.config.component import SlotConfig
 from titan_lite.models.module import Module, Total
 from titan_lite.models.spec import Role, Spec, Start
+
+ROUNDED: Final = 1e-2
+"""How far from 1 a length may be that was 1 before it was rounded to bfloat16."""
 
 
 class Linear(Module):
@@ -55,8 +58,16 @@ class UnitLinear(DefaultLinear):
     class Config(Linear.Config):
         type: Literal["unit"] = "unit"
 
+    @property
+    def along(self) -> int:
+        """The dim of the weight along which the vectors of model width lie."""
+        return 0 if self.spec.start == "residual" else 1
+
     def after_step(self, total: Total) -> None:
-        to_unit_length(self.weight, dim=0 if self.spec.start == "residual" else 1)
+        to_unit_length(self.weight, self.along)
+
+    def doubts(self) -> dict[str, str]:
+        return length_doubts("weight", self.weight, self.along)
 
 
 def to_unit_length(weight: Tensor, dim: int) -> None:
@@ -67,9 +78,25 @@ def to_unit_length(weight: Tensor, dim: int) -> None:
     # Half a second to import, and checking a config reads this file too.
     from torch.distributed.tensor import DTensor, Replicate
 
-    length = torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32)
+    length = _lengths(weight, dim)
     if isinstance(weight, DTensor) and isinstance(length, DTensor):
         # Vectors cut by the layout have partial lengths, summed up here; the others are whole where they are.
         whole = [Replicate() if place.is_partial() else place for place in length.placements]
         weight, length = weight.to_local(), length.redistribute(placements=whole).to_local()
     weight.div_(length.clamp(min=1e-12))
+
+
+def length_doubts(name: str, weight: Tensor, dim: int) -> dict[str, str]:
+    """`Module.doubts` of a matrix whose vectors along `dim` should have length 1. Collective for a DTensor."""
+    from torch.distributed.tensor import DTensor
+
+    length = _lengths(weight, dim)
+    whole = length.full_tensor() if isinstance(length, DTensor) else length
+    least, most = (bound.item() for bound in whole.aminmax())
+    if abs(least - 1) <= ROUNDED and abs(most - 1) <= ROUNDED:
+        return {}
+    return {name: f"has vectors of length {least:.3g} to {most:.3g}: each should be 1, and a training step makes it so"}
+
+
+def _lengths(weight: Tensor, dim: int) -> Tensor:
+    return torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32)

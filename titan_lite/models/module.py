@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 
 from titan_lite.config.component import Component
 from titan_lite.models.spec import Spec
+
+logger = logging.getLogger(__name__)
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
 """Sums a tensor over the data-parallel ranks."""
@@ -28,6 +32,10 @@ class Module(nn.Module, Component):
     def after_step(self, total: Total) -> None:
         """Restores what must hold of this very module's parameters, DTensors maybe. No gradient is recorded."""
 
+    def doubts(self) -> dict[str, str]:
+        """{local name of a parameter: what it is, and ought not to be}, once a checkpoint has filled it. Collective."""
+        return {}
+
     def metrics(self, total: Total) -> dict[str, Tensor]:
         """{local name: number} about the last step, to be logged. Asked for at logged steps, on all ranks alike."""
         return {}
@@ -39,6 +47,15 @@ def after_step(model: nn.Module, total: Total) -> None:
     for module in model.modules():
         if isinstance(module, Module):
             module.after_step(total)
+
+
+@torch.no_grad()
+def warn_of_doubts(model: nn.Module, folder: Path) -> None:
+    """Logs every module's `doubts` about what was loaded from `folder`. Collective."""
+    for path, module in model.named_modules():
+        if isinstance(module, Module):
+            for name, what in module.doubts().items():
+                logger.warning("%s, loaded from %s, %s", f"{path}.{name}" if path else name, folder, what)
 
 
 @torch.no_grad()

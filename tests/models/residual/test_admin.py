@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from tests.models.tiny import VOCAB, tiny_model
 from tests.runs import build_tiny, full, global_batch
 from titan_lite import trainer
-from titan_lite.calibration import calibrate
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict, load_job
 from titan_lite.data.batch import Batch
@@ -27,6 +26,7 @@ from titan_lite.models.residual.admin import Admin, WeightedSum
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.optim.groups import parameter_groups
+from titan_lite.run.calibrate import calibrate
 from titan_lite.run.signals import StopFlag
 from titan_lite.step import MicroBatch, Training, step
 from titan_lite.trainer import Trainer

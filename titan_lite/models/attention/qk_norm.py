@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat
+from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.module import Module
 from titan_lite.models.norm import L2Norm, RMSNorm
-from titan_lite.models.scale import LearnedScale
 from titan_lite.models.spec import Spec
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from titan_lite.models.context import Context
 from titan_lite.models.embedding.base import Embedding
-from titan_lite.models.linear import Linear, to_unit_length
+from titan_lite.models.linear import Linear, length_doubts, to_unit_length
 from titan_lite.models.module import Total
 from titan_lite.models.spec import Spec
 
@@ -31,6 +31,9 @@ class UnitEmbedding(Embedding):
 
     def after_step(self, total: Total) -> None:
         to_unit_length(self.weight, dim=1)
+
+    def doubts(self) -> dict[str, str]:
+        return length_doubts("weight", self.weight, dim=1)
 
     def param_specs(self) -> dict[str, Spec]:
         return {"weight": Spec("embed", 1, self.dim)}

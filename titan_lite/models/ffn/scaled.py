@@ -10,8 +10,8 @@ from torch.nn import functional as F
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.context import Context
 from titan_lite.models.ffn.base import FFN
+from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.linear import Linear
-from titan_lite.models.scale import LearnedScale
 
 
 class ScaledGLU(FFN):

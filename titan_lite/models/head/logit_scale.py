@@ -10,8 +10,8 @@ from torch import Tensor
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.head.output import Link, LogitFunction
+from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.module import Module
-from titan_lite.models.scale import LearnedScale
 
 
 class LogitScale(Module):

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveInt
-from titan_lite.models.calibration import Calibrated, Forward, Total, fill
+from titan_lite.models.calibrated import Calibrated, Forward, Total, fill
 from titan_lite.models.context import Context
 from titan_lite.models.norm import Norm
 from titan_lite.models.residual.base import Branch, Residual
-from titan_lite.models.residual.scale import BranchScale, NoScale, ReZero
+from titan_lite.models.residual.branch_scale import BranchScale, NoScale, ReZero
 from titan_lite.models.spec import Spec
 
 if TYPE_CHECKING:

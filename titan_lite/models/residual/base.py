@@ -14,7 +14,7 @@ from titan_lite.models.context import Context
 from titan_lite.models.dropout import dropout
 from titan_lite.models.module import Module
 from titan_lite.models.norm import Norm
-from titan_lite.models.residual.scale import BranchScale, NoScale, ReZero
+from titan_lite.models.residual.branch_scale import BranchScale, NoScale, ReZero
 
 if TYPE_CHECKING:
     from titan_lite.job import Job

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.context import Context
+from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.norm import L2Norm, Norm
 from titan_lite.models.residual.base import Branch, Residual
-from titan_lite.models.residual.scale import BranchScale
-from titan_lite.models.scale import LearnedScale
+from titan_lite.models.residual.branch_scale import BranchScale
 
 
 class NGPTResidual(Residual):

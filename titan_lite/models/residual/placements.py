@@ -10,7 +10,7 @@ from torch import Tensor
 from titan_lite.models.context import Context
 from titan_lite.models.norm import Norm
 from titan_lite.models.residual.base import AdditiveResidual, Branch, Residual
-from titan_lite.models.residual.scale import BranchScale, NoScale
+from titan_lite.models.residual.branch_scale import BranchScale, NoScale
 
 if TYPE_CHECKING:
     from titan_lite.job import Job

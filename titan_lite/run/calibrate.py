@@ -12,7 +12,7 @@ import torch
 
 from titan_lite.checkpoint.world import agreed
 from titan_lite.data.batch import Batch
-from titan_lite.models.calibration import Calibrated
+from titan_lite.models.calibrated import Calibrated
 from titan_lite.parallel.fsdp import reshard
 from titan_lite.run.logging import logger
 from titan_lite.step import MicroBatch, Training, mean_loss
