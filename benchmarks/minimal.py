@@ -69,7 +69,15 @@ class PlainTransformer(nn.Module):
     """Tokens (B, T) -> logits (B, T, V). Its parameters come in the order of the trainer's model of the same shape."""
 
     def __init__(
-        self, vocab_size: int, dim: int, n_layers: int, n_heads: int, n_kv_heads: int, hidden: int, seq_len: int
+        self,
+        vocab_size: int,
+        dim: int,
+        n_layers: int,
+        n_heads: int,
+        n_kv_heads: int,
+        hidden: int,
+        seq_len: int,
+        theta: float = 10000.0,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, dim)
@@ -77,7 +85,7 @@ class PlainTransformer(nn.Module):
         self.norm = nn.RMSNorm(dim, eps=1e-5)
         self.output = nn.Linear(dim, vocab_size, bias=False)
         head_dim = dim // n_heads
-        angles = torch.outer(torch.arange(seq_len), 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim))  # (T, Dh/2)
+        angles = torch.outer(torch.arange(seq_len), theta ** -(torch.arange(0, head_dim, 2) / head_dim))  # (T, Dh/2)
         self.cos, self.sin = angles.cos(), angles.sin()
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -20,7 +20,10 @@ CPU = torch.device("cpu")
 
 
 def tiny_job(**sections: dict[str, Any]) -> Job:
-    """A float32 job of a two-layer model of width 32: 8 rows of 16 tokens per step. `sections` are merged over it."""
+    """A float32 job of a two-layer model of width 32: 8 rows of 16 tokens per step. `sections` are merged over it.
+
+    A preset takes the place of that model.
+    """
     tables: dict[str, dict[str, Any]] = {
         "model": {"dim": 32, "n_layers": 2},
         "training": {
@@ -36,6 +39,8 @@ def tiny_job(**sections: dict[str, Any]) -> Job:
     }
     for name, section in sections.items():
         tables[name] = tables.get(name, {}) | section
+    if "name" in tables["model"]:
+        return job_from_dict(tables | {"model": sections["model"]})
     tables["model"].setdefault("attention", {"n_heads": 4, "n_kv_heads": 2})
     tables["model"].setdefault("ffn", {"hidden": 48})
     return job_from_dict(tables)
@@ -71,6 +76,7 @@ def build_tiny(sections: dict[str, Any]) -> tuple[Job, Training]:
     precision = Precision.of(job, CPU)
     second_mesh = len(precision.masters) > 1
     world = World.connect(job.parallelism, CPU, dist.is_initialized(), timeout_seconds=60, second_mesh=second_mesh)
+    assert world.mesh is not None or not precision.mixed, "nothing would be cast: only FSDP does, in a process group"
     return job, build(job, world, precision, VOCAB)
 
 

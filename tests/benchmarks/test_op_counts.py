@@ -17,8 +17,13 @@ from benchmarks.minimal import Loop, PlainTransformer, mean_loss
 from tests.runs import VOCAB, build_tiny, global_batch
 from titan_lite.step import Training, step
 
-LAYERS = 2
-SECTIONS = {"lr_scheduler": {"warmup_steps": 0, "decay_ratio": 0.0}}
+LAYERS = 4
+SECTIONS = {
+    "model": {"name": "llama3", "flavor": "debugmodel"},
+    "lr_scheduler": {"warmup_steps": 0, "decay_ratio": 0.0},
+}
+PLAIN = (VOCAB, 128, LAYERS, 8, 4, 384, 16, 500_000.0)
+"""The same, as `PlainTransformer` wants it."""
 
 OF_THE_STEP: dict[str, dict[str, int]] = {
     "sum of the losses of the step's micro-batches": {"zeros": 1, "add_": 1},
@@ -54,7 +59,7 @@ def hand_written(training: Training, plain: bool) -> Loop:
     """The loop over the trainer's model, or over a plain one with the same weights."""
     lr, max_norm = training.peak_lr, training.max_norm
     if plain:
-        model = PlainTransformer(VOCAB, 32, LAYERS, 4, 2, 48, 16).copy_weights(training.model)
+        model = PlainTransformer(*PLAIN).copy_weights(training.model)
         return Loop(model, lambda tokens, targets: mean_loss(model(tokens), targets), lr, max_norm)
     return Loop(training.model, lambda tokens, targets: mean_loss(training.model(tokens), targets), lr, max_norm)
 
@@ -99,8 +104,8 @@ def graph_ops(module: nn.Module, *args: object) -> Counter[str]:
 def test_compiled_block() -> None:
     """The compiled graphs of a block made of slots are those of a block written as one class."""
     model = build_tiny(SECTIONS)[1].model
-    plain = PlainTransformer(VOCAB, 32, LAYERS, 4, 2, 48, 16).copy_weights(model)
-    x = torch.randn(2, 16, 32, requires_grad=True)
+    plain = PlainTransformer(*PLAIN).copy_weights(model)
+    x = torch.randn(2, 16, 128, requires_grad=True)
     context = model.context(torch.zeros(2, 16, dtype=torch.long))
     ours = graph_ops(model.stack.blocks["0"], x, context)
     theirs = graph_ops(plain.blocks[0], x, plain.cos, plain.sin)
