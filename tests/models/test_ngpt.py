@@ -25,6 +25,7 @@ from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
 from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.linear import UnitLinear, to_unit_length
+from titan_lite.models.module import Module, warn_of_doubts
 from titan_lite.models.transformer import Transformer
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.parallel.precision import Precision
@@ -340,7 +341,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "model.residual.dropout": {"model": {"residual": {"type": "ngpt", "dropout": 0.1}}},
     "model.embedding.dropout": {"model": {"embedding": {"type": "token", "dropout": 0.1}}},
     "model.residual.scale.type": {"model": {"residual": {"type": "ngpt", "scale": "layerscale"}}},
-    "optimizer.weight_decay": {"optimizer": {"weight_decay": 0.1}},
     "model.init.type": {"model": {"init": "zeros"}},
 }
 
@@ -378,6 +378,53 @@ def test_warm_up_is_told_not_refused():
     job = tiny_job(**SECTIONS | {"lr_scheduler": {"warmup_steps": 2}})
     (line,) = [line for line in notices(job, 1) if "ngpt" in line]
     assert line.startswith("lr_scheduler.warmup_steps = 2")
+
+
+def test_weight_decay_is_told_not_refused():
+    job = tiny_job(**SECTIONS | {"optimizer": {"weight_decay": 0.1}})
+    (line,) = [line for line in notices(job, 1) if "weight_decay" in line]
+    assert line.startswith('optimizer.weight_decay = 0.1 with model.linear.type = "unit"')
+
+
+def test_what_weight_decay_does():
+    """A step of lr with decay is one of lr / (1 - lr * decay) without, for all vectors of length 1."""
+    lr, decay = 0.1, 2.0
+    decayed = trained(SECTIONS | {"optimizer": {"lr": lr, "weight_decay": decay}}, steps=1).weights
+    rates = {"lr": lr / (1 - lr * decay), "weight_decay": 0.0}
+    larger = trained(SECTIONS | {"optimizer": rates}, steps=1).weights
+    plain = trained(SECTIONS | {"optimizer": {"lr": lr, "weight_decay": 0.0}}, steps=1).weights
+    for name, weight in decayed.items():
+        expected, other = (larger, plain) if weight.dim() == 2 else (plain, larger)
+        torch.testing.assert_close(weight, expected[name], atol=ATOL, rtol=0)
+        assert not torch.allclose(weight, other[name], atol=1e-4)
+
+
+def strayed(factor: float, sections: dict[str, Any] = SECTIONS) -> dict[str, str]:
+    """All doubts about a model two of whose matrices, of either kind, were stretched as a whole."""
+    _, training = build_tiny(sections)
+    parameters = dict(training.model.named_parameters())
+    with torch.no_grad():
+        for name in ("embedding.weight", "stack.blocks.1.attention.o.weight"):
+            parameters[name].mul_(factor)
+    modules = training.model.named_modules()
+    return {f"{path}.{k}": v for path, m in modules if isinstance(m, Module) for k, v in m.doubts().items()}
+
+
+def test_loaded_weights_of_another_length_are_doubted(pool2: Any, caplog: pytest.LogCaptureFixture):
+    assert strayed(1.0) == {}
+    found = strayed(1.25)
+    what = "has vectors of length 1.25 to 1.25: each should be 1, and a training step makes it so"
+    assert found == {"embedding.weight": what, "stack.blocks.1.attention.o.weight": what}
+    assert pool2.run(strayed, 1.25, SECTIONS | {"training": {"local_batch_size": 4}}) == [found, found]
+    model = tiny_model(**MODEL)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    warn_of_doubts(model, Path("here"))  # as an export in bfloat16 is
+    assert not caplog.records
+    dict(model.named_parameters())["head.output.weight"].data[3] *= 0.5
+    warn_of_doubts(model, Path("here"))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("head.output.weight, loaded from here, has vectors of length 0.5 to 1")
 
 
 def test_a_unit_matrix_is_a_matrix():

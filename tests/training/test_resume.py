@@ -342,6 +342,22 @@ def test_exported_weights_start_another_run(config: Path, tmp_path: Path):
     assert all(torch.equal(exported[name], begun[name]) for name in begun)
 
 
+def test_weights_that_should_have_another_length_are_told(
+    config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """A model whose matrices have vectors of length 1 starts from one whose matrices do not."""
+    ngpt = ("--model.residual.type=ngpt", "--model.norm.type=none", "--training.steps=1", *SHORT)
+    unit = (*ngpt, "--model.linear.type=unit", f"--checkpoint.initial_load_path={tmp_path / 'a'}")
+    assert run_trainer(config, tmp_path / "a", *ngpt) == 0
+    assert run_trainer(config, tmp_path / "b", *unit) == 0
+    named = [record.getMessage().split(",")[0] for record in caplog.records if "vectors of length" in record.message]
+    assert "stack.blocks.0.attention.o.weight" in named
+    assert len(named) == 2 * 7 + 1  # all matrices of both layers, and the head's
+    caplog.clear()
+    assert run_trainer(config, tmp_path / "b", *unit, "--training.steps=2") == 0
+    assert not [record for record in caplog.records if "vectors of length" in record.message]
+
+
 def test_a_folder_of_another_run_is_left_alone(config: Path, tmp_path: Path):
     overrides = ("--training.steps=2", "--validation.no_enable", "--checkpoint.no_enable")
     assert run_trainer(config, tmp_path, *overrides) == 0

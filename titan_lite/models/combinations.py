@@ -342,7 +342,7 @@ def problems(job: Job) -> Iterator[Problem]:
     said: list[Problem] = []
     for variant in variants(job.model):
         settings = Settings(job, variant)
-        found = [_problem(rule, settings) for rule in RULES if rule.verb != "warns of" and _broken(rule, settings)]
+        found = [_problem(rule, settings) for rule in _refusing(settings)]
         found += [problem for check in CHECKS for problem in check(settings)]
         said += [problem for problem in found if problem not in said]
     return iter(said)
@@ -360,6 +360,16 @@ def notices(job: Job) -> Iterator[str]:
                 said[f"{key} = {show(value)} with {other} = {show(other_value)}: {rule.why}"] = None
         said |= dict.fromkeys(line for remarks in REMARKS for line in remarks(settings))
     return iter(said)
+
+
+def _refusing(settings: Settings) -> Iterator[Rule]:
+    """The rows that these settings break; of two about the same keys, from either side, the first."""
+    told: set[frozenset[str]] = set()
+    for rule in RULES:
+        keys = frozenset((rule.key, rule.other))
+        if rule.verb != "warns of" and keys not in told and _broken(rule, settings):
+            told.add(keys)
+            yield rule
 
 
 def _broken(rule: Rule, settings: Settings) -> bool:

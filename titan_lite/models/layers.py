@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any, Final, cast, get_args
@@ -12,10 +13,10 @@ from pydantic_core.core_schema import ErrorType
 
 from titan_lite.config.check import notices_below, problems_below
 from titan_lite.config.component import ConfigBase, SlotConfig
-from titan_lite.config.errors import Problem
+from titan_lite.config.errors import MISSING, Problem, show
 from titan_lite.config.merge import Layer as Tables
 from titan_lite.config.merge import merged
-from titan_lite.config.paths import Path, get
+from titan_lite.config.paths import Path, get, key_text, parse_key
 from titan_lite.models.attention import Attention
 from titan_lite.models.block import Block, Layer
 from titan_lite.models.ffn import FFN
@@ -214,9 +215,30 @@ def layer_problems(model: Transformer.Config, job: Job, world_size: int | None) 
         wide = list(problems_below(getattr(model, slot), ("model", slot), job, world_size))
         for problem in problems_below(table, ("model", "layers", index, slot), job, world_size):
             key = problem.key.replace(f"model.layers[{index}].{slot}", f"model.{slot}", 1)
-            if replace(problem, key=key) not in wide and problem not in said:
-                said.append(problem)
+            mine = _where_it_was_made(problem, model, index, slot)
+            if replace(problem, key=key) not in wide and mine not in said:
+                said.append(mine)
     return iter(said)
+
+
+def _where_it_was_made(problem: Problem, model: Transformer.Config, index: int, slot: str) -> Problem:
+    """The problem at a key that entry `index` has: where it has another one that does not fit, at that one."""
+    given = model.layers[index].tables()[slot]
+    path = parse_key(problem.key)[4:]
+    if not path or not isinstance(given, Mapping) or _depth(given, path):
+        return problem
+    named = (name for name in given if re.search(rf"\b{name}\b", problem.why))
+    name = next(named, None)
+    if name is None:
+        return problem
+    wide = f"model.{slot}.{key_text(path)}" + ("" if problem.value is MISSING else f" = {show(problem.value)}")
+    return replace(
+        problem,
+        key=key_text(("model", "layers", index, slot, name)),
+        value=MISSING if isinstance(given[name], (Mapping, list)) else given[name],
+        why=f"{wide}: {problem.why}",
+        allowed=f"another {name}, or for model.{slot}.{key_text(path)}: {problem.allowed}",
+    )
 
 
 def layer_notices(model: Transformer.Config, job: Job, world_size: int | None) -> Iterator[str]:
