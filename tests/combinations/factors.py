@@ -71,9 +71,10 @@ BY_HAND: dict[str, list[Any]] = {
     "model.attention.position.fraction": [1.0, 0.5],
     "model.attention.n_kv_heads": [0, 2, 1],
     "model.attention.value_dim": [0, 4],
+    "model.param_dtype": [{}, {"hidden": "bfloat16"}],
     "model.layers": [[], [{"at": -1, "attention": {"masks": ["causal"], "position": "none"}}]],
 }
-"""Numbers and lists worth two levels; the first is the default."""
+"""Numbers, lists and tables worth two levels; the first is the default."""
 
 
 class Level(NamedTuple):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from tests.checkpoint.helpers import make_manager, same_bits
 from tests.combinations.covering import Covering
@@ -123,6 +124,13 @@ def test_models(jobs: list[tuple[str, Job]], shard: int, tmp_path: Path) -> None
 def check(job: Job, folder: Path) -> None:
     """Trains, saves, reloads, decodes, and looks for what leaks from the future."""
     training = built(job)
+    try:
+        check_built(job, training, folder)
+    finally:
+        training.world.close()
+
+
+def check_built(job: Job, training: Training, folder: Path) -> None:
     losses = [trained(training, index) for index in range(STEPS)]
     expect(all(map(math.isfinite, losses)), f"the losses are {losses}")
     reloads_bitwise(job, training, folder)
@@ -141,7 +149,9 @@ def expect(holds: bool, what: str) -> None:
 def built(job: Job, blank: bool = False) -> Training:
     cpu = torch.device("cpu")
     precision = Precision.of(job, cpu)
-    world = World.connect(job.parallelism, cpu, False, timeout_seconds=60, second_mesh=len(precision.masters) > 1)
+    mixed = precision.mixed  # which FSDP does, alone if need be
+    second_mesh = len(precision.masters) > 1
+    world = World.connect(job.parallelism, cpu, mixed, timeout_seconds=60, second_mesh=second_mesh)
     training = build(job, world, precision, VOCAB, blank)
     if not blank:
         calibrate(training, _Batches, lambda batch: [batch])
@@ -174,7 +184,8 @@ def reloads_bitwise(job: Job, training: Training, folder: Path) -> None:
         return model_tensors(of.model) | optimizer_tensors(of.model, of.optimizer) | memory
 
     def weights(of: Training) -> dict[str, torch.Tensor]:
-        return {name: tensor.detach() for name, tensor in (*of.model.named_parameters(), *of.model.named_buffers())}
+        found = {name: tensor.detach() for name, tensor in (*of.model.named_parameters(), *of.model.named_buffers())}
+        return {name: tensor.to_local() if isinstance(tensor, DTensor) else tensor for name, tensor in found.items()}
 
     assert make_manager(folder).save(STEPS, tensors(training), {})
     again = built(job, blank=True)

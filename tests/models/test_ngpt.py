@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 import titan_lite.step
@@ -25,7 +26,7 @@ from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
 from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.linear import UnitLinear, to_unit_length
-from titan_lite.models.module import Module, warn_of_doubts
+from titan_lite.models.module import Module, collect_metrics, warn_of_doubts
 from titan_lite.models.transformer import Transformer
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.parallel.precision import Precision
@@ -397,6 +398,29 @@ def test_what_weight_decay_does():
         expected, other = (larger, plain) if weight.dim() == 2 else (plain, larger)
         torch.testing.assert_close(weight, expected[name], atol=ATOL, rtol=0)
         assert not torch.allclose(weight, other[name], atol=1e-4)
+
+
+def mean_scales() -> dict[str, float]:
+    """The metrics of a model whose scales have moved, and their means as the forward has them."""
+    _, training = build_tiny(SECTIONS | {"training": {"local_batch_size": 4}})
+    for parameter in training.model.parameters():
+        local = parameter.data.to_local() if isinstance(parameter.data, DTensor) else parameter.data
+        if parameter.dim() == 1:
+            local.mul_(1.5)
+    found = collect_metrics(training.model, training.world.total_tensor)
+    return {name: value.item() for name, value in found.items()}
+
+
+def test_the_means_of_its_scales_are_logged(pool2: Any):
+    found = mean_scales()
+    blocks = ["attention_residual.alpha", "ffn_residual.alpha", "attention.qk_norm.s_q", "attention.qk_norm.s_k"]
+    blocks += ["ffn.s_u", "ffn.s_v"]
+    names = ["head.logit_scale.s_z.mean", *(f"stack.blocks.{i}.{name}.mean" for i in (0, 1) for name in blocks)]
+    assert sorted(found) == sorted(names)
+    for name, value in found.items():
+        assert value == pytest.approx(1.5 * (0.05 if "alpha" in name else 1.0), abs=1e-6), name
+    for rank in pool2.run(mean_scales):
+        assert rank == pytest.approx(found, abs=1e-6)
 
 
 def strayed(factor: float, sections: dict[str, Any] = SECTIONS) -> dict[str, str]:

@@ -249,7 +249,7 @@ def _what_memory_needs(settings: Settings) -> Iterator[Problem]:
     if isinstance(attention.kernel, FlashAttention.Config):
         why = f'does not go with {settings.key("model.attention")}.kernel.type = "flash_attn", which cannot leave out '
         why += "what is not remembered yet"
-        allowed = '"none", or the kernel "sdpa", "flex" or "eager"'
+        allowed = '"none", or the kernel "auto", "sdpa", "flex" or "eager"'
         yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, allowed)
     for index, mask in enumerate(attention.masks):
         key = settings.key(f"model.attention.masks[{index}]")

@@ -62,6 +62,14 @@ def _one_scale_for_both_branches(settings: Settings) -> Iterator[Problem]:
         yield Problem(CROSS_FIELD, key, why, "layer", f"leave it out, or another {block}")
 
 
+def _repeated_masks(settings: Settings) -> Iterator[Problem]:
+    """Of two masks of a kind, one says nothing: the narrower window decides."""
+    kinds = settings.values("model.attention.masks.type")
+    if repeated := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
+        why = f"has {show(repeated[0])} twice: all masks must allow a key, so that one of the two has no effect"
+        yield Problem(CROSS_FIELD, settings.key("model.attention.masks"), why, kinds, "each type of mask once")
+
+
 def _overridden_tables(settings: Settings) -> Iterator[Problem]:
     """What an entry of model.layers says and later ones take back, in all of its layers."""
     for index, slot in overridden(settings.job.model):
@@ -93,6 +101,7 @@ CHECKS: tuple[Callable[[Settings], Iterable[Problem]], ...] = (
     _values_of_one_layer,
     _norm_of_a_normless_layer,
     _one_scale_for_both_branches,
+    _repeated_masks,
     _overridden_tables,
 )
 """What has no effect."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from titan_lite.models.module import Module
+from titan_lite.models.module import Module, Total
 from titan_lite.models.spec import Spec
 
 
@@ -25,6 +25,15 @@ class LearnedScale(Module):
 
     def forward(self) -> Tensor:
         return self.value * self.factor
+
+    def metrics(self, total: Total) -> dict[str, Tensor]:
+        """`mean`: of the elements of s."""
+        # Half a second to import, and checking a config reads this file too.
+        from torch.distributed.tensor import DTensor
+
+        summed = self.value.float().sum()
+        whole = summed.full_tensor() if isinstance(summed, DTensor) else summed
+        return {"mean": whole * (self.factor / self.size)}
 
     def param_specs(self) -> dict[str, Spec]:
         return {"value": Spec("scalar", 1, self.size, self.scale)}
