@@ -129,5 +129,6 @@ def _key(path: Path) -> str:
 def _same_setting(given: Any, value: Any) -> bool:
     """Whether their setting is what ours says; in tables, a missing key is the same as None."""
     if isinstance(given, Mapping) and isinstance(value, Mapping):
-        return all(_same_setting(given.get(key), value.get(key)) for key in {*given, *value})
+        old = {"type"} if "rope_type" in given else set()  # its older name, which is left beside it
+        return all(_same_setting(given.get(key), value.get(key)) for key in {*given, *value} - old)
     return equal(SYNONYMS.get(given, given) if isinstance(given, str) else given, value)
