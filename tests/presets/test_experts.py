@@ -54,7 +54,7 @@ def test_deepseek_counts_no_embedding(flavor: str) -> None:
 
 
 def test_deepseek_v3_is_transformers_default() -> None:
-    """Its config class has the size of 671B as its default, but for positions, which are those of the first training."""
+    """Its config class has the size of 671B as its default, with the positions of the first training."""
     from transformers import DeepseekV3Config
 
     from titan_lite.hf import ARCHITECTURES
