@@ -64,7 +64,11 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         "deepseek_v3",
         "deepseek_v3",
         "",
-        {"ffn": {"router": {"n_groups": 1, "top_groups": 1, "normalize": False}}, "norm": {"eps": 1e-3}},
+        {
+            "n_layers": 2,
+            "ffn": {"router": {"n_groups": 1, "top_groups": 1, "normalize": False}},
+            "norm": {"eps": 1e-3},
+        },
     ),
     "deepseek_v3, other sizes": (
         "deepseek_v3",

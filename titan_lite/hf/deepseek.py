@@ -30,7 +30,8 @@ class SharedExperts:
         return {"n_shared_experts": max(1, round(hidden / width))}
 
     def from_hf(self, settings: Mapping[str, Any]) -> Tables:
-        return nested("ffn.shared_hidden", settings["n_shared_experts"] * settings["moe_intermediate_size"])
+        count = settings.get("n_shared_experts")
+        return {} if count is None else nested("ffn.shared_hidden", count * settings["moe_intermediate_size"])
 
 
 class LatentBias:

@@ -14,7 +14,7 @@ WEIGHT_ATOL = 2e-4
 STEPS = 3
 MODEL: dict[str, Any] = {
     "dim": 32,
-    "n_layers": 3,
+    "n_layers": 2,
     "attention": {
         "type": "mla",
         "n_heads": 4,
