@@ -133,7 +133,15 @@ DEEPSEEK_V3: Final = DeepSeekV3(
             fixed={"router": {"type": "sigmoid"}, "offset": {"type": "load"}},
         ),
     ),
-    fixed={"attention": {"type": "mla", "latent_norm": {"type": "rmsnorm", "eps": 1e-6}}},
+    fixed={
+        "attention": {
+            "type": "mla",
+            "latent_norm": {"type": "rmsnorm", "eps": 1e-6},
+            # For models that have no latents, so that their image, which tells what has no place, is a model.
+            "kv_rank": 512,
+            "rope_dim": 64,
+        }
+    },
     constants={"hidden_act": "silu"},
     training_only={"num_mtp_layers": 0},
 )
