@@ -51,6 +51,8 @@ SIZES: dict[str, Any] = {
     "value": 0.5,
     "cap": 5.0,
     "schedule": [0, 0],
+    "kv_rank": 16,
+    "rope_dim": 8,
 }
 """Values for keys that must be given, and for widths, in a tiny model."""
 
@@ -72,6 +74,7 @@ BY_HAND: dict[str, list[Any]] = {
     "model.attention.n_kv_heads": [0, 2, 1],
     "model.attention.value_dim": [0, 4],
     "model.param_dtype": [{}, {"hidden": "bfloat16"}],
+    "model.attention.q_rank": [0, 12],
     "model.layers": [[], [{"at": -1, "attention": {"masks": ["causal"], "position": "none"}}]],
 }
 """Numbers, lists and tables worth two levels; the first is the default."""

@@ -24,7 +24,7 @@ from titan_lite.models.attention.kernel.sdpa import SDPA
 from titan_lite.models.context import Context
 
 if TYPE_CHECKING:
-    from titan_lite.models.attention.gqa import GroupedAttention
+    from titan_lite.models.attention.heads import HeadAttention
 
 
 class Prepared(NamedTuple):
@@ -45,19 +45,19 @@ class Auto(Kernel):
     class Config(Kernel.Config):
         type: Literal["auto"] = "auto"
 
-        def plain(self, attention: GroupedAttention.Config, dim: int) -> Kernel.Config:
+        def plain(self, attention: HeadAttention.Config, dim: int) -> Kernel.Config:
             """The kernel for any device."""
             sdpa = SDPA.Config()
             return Eager.Config() if any(sdpa.refusals(attention, dim)) else sdpa
 
-        def build_for(self, attention: GroupedAttention.Config, dim: int, scoring: Scoring) -> Kernel:
+        def build_for(self, attention: HeadAttention.Config, dim: int, scoring: Scoring) -> Kernel:
             plain = self.plain(attention, dim).build_for(attention, dim, scoring)
             flex = Flex.Config()
             if any(flex.refusals(attention, dim)):
                 return plain
             return Auto(self, scoring, plain, flex.build_for(attention, dim, scoring))
 
-        def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
+        def remarks(self, attention: HeadAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             able = not any(Flex.Config().refusals(attention, dim))
             if (has_cuda() and able) or not hides_some(attention, seq_len):
                 return

@@ -20,7 +20,7 @@ from titan_lite.models.module import Module
 from titan_lite.models.position import ScoreBias
 
 if TYPE_CHECKING:
-    from titan_lite.models.attention.gqa import GroupedAttention
+    from titan_lite.models.attention.heads import HeadAttention
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ class Kernel(Module):
         skips: ClassVar[bool] = False
         """Whether it leaves out blocks of keys that no query of a block may see."""
 
-        def build_for(self, attention: GroupedAttention.Config, dim: int, scoring: Scoring) -> Kernel:
+        def build_for(self, attention: HeadAttention.Config, dim: int, scoring: Scoring) -> Kernel:
             """The kernel of such an attention in a model of width `dim`."""
             kernel: Kernel = self.build(scoring=scoring)
             return kernel
 
-        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+        def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:
             """What this kernel does not compute of the attention around it, in a model of width `dim`.
 
             Keys are relative to the attention.
@@ -157,7 +157,7 @@ class Kernel(Module):
                 why = f'kernel = "{name}" cannot give a sink what it needs: {self.no_lse}'
                 yield Problem(CROSS_FIELD, ".sink.type", why, type_of(sink), f'"none", or kernel = {able}')
 
-        def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
+        def remarks(self, attention: HeadAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
             if not self.skips and hides_some(attention, seq_len):
                 line = f'kernel = "{type_of(self)}" {WASTE}'
@@ -183,13 +183,13 @@ class Kernel(Module):
 WASTE: Final = "also computes the scores that a window or a document mask hides"
 
 
-def hides_some(attention: GroupedAttention.Config, seq_len: int) -> bool:
+def hides_some(attention: HeadAttention.Config, seq_len: int) -> bool:
     """Whether any mask beside the causal one hides keys of a packed row."""
     masks = [mask.build() for mask in attention.masks]
     return any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks)
 
 
-def skipping_kernels(attention: GroupedAttention.Config, dim: int) -> str:
+def skipping_kernels(attention: HeadAttention.Config, dim: int) -> str:
     """The names of the kernels that compute this attention and leave out what is hidden; empty where none does."""
     return _kernels(lambda kernel: kernel.skips and not any(kernel().refusals(attention, dim)))
 
