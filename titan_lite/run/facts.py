@@ -19,14 +19,14 @@ def run_facts(trainer: Trainer) -> RunFacts:
     embedding = sum(size for name, size in sizes.items() if training.specs[name].role == "embed")
     active = active_parameters(training.model, training.specs)
     name = device_name(world.device)
-    span = job.model.memory.span(job.training.seq_len)
+    n_keys = job.model.memory.keys(job.training.seq_len)
     dtype = str(trainer.precision.param).removeprefix("torch.")
     return RunFacts(
         description=job.job.description,
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(training.model, training.specs, span),
+        flops_per_token=training_flops_per_token(training.model, training.specs, n_keys),
         layout=f"{world.layout}, {dtype} compute",
         device=name,
         peak_flops=peak_flops(name),

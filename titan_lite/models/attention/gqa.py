@@ -21,7 +21,7 @@ from titan_lite.models.attention.registers import NoRegisters, Registers
 from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.attention.value import NoValueMix, ValueMix
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, n_positions
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
 
@@ -166,7 +166,7 @@ class GroupedAttention(Attention):
         memory.leave(x, k, v, context.carry)
         q, k, v = self.position(q, k, v, memory, context.prepared[self.position.key])
         q = self.qk_norm.after_position(q)
-        k, v = self.registers(k, v, self.position)
+        k, v = self.registers(k, v, self.position, n_positions(k.shape[2], context.recalled))
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 

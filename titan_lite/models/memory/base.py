@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Memory
+from titan_lite.models.memory.whitening import NoSummaries
+
+if TYPE_CHECKING:
+    from titan_lite.models.memory.decoding import Decoding
 
 
 class LaneMemory(Component):
     """What the rows of a step's global batch know of the steps before: each goes on where it ended, a lane of the data.
 
-    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=)`, with the choices of
-    each executed layer and the dtype of activations.
+    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, summaries=)`, with the
+    choices of each executed layer, the dtype of activations and what `Config.statistics` put into the model.
     """
 
     class Config(SlotConfig):
@@ -27,6 +31,14 @@ class LaneMemory(Component):
         def span(self, seq_len: int) -> int:
             """Positions of a forward over segments of `seq_len` tokens, those in memory included."""
             return seq_len
+
+        def keys(self, seq_len: int) -> int:
+            """Keys of such a forward: several may share a position."""
+            return seq_len
+
+        def statistics(self, dim: int) -> nn.Module:
+            """What a model of width `dim` itself holds for its memory."""
+            return NoSummaries()
 
     def of(self, rows: Tensor) -> SlotMemory | None:
         """What a micro-batch of these rows (numbers in the global batch) is told, and where its forward leaves things.
@@ -41,6 +53,10 @@ class LaneMemory(Component):
 
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
+
+    def decoding(self, seq_len: int) -> Decoding | None:
+        """What one text that is decoded remembers, read in segments of `seq_len` tokens; None = all of itself."""
+        return None
 
 
 class SlotMemory(Memory):
@@ -57,5 +73,13 @@ class NoLaneMemory(LaneMemory):
     class Config(LaneMemory.Config):
         type: Literal["none"] = "none"
 
-    def __init__(self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        layers: list[Layer],
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        summaries: nn.Module,
+    ):
         pass
