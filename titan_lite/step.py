@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,7 @@ from titan_lite.models.dropout import Noise, drops, no_noise
 from titan_lite.models.flops import relative_flops
 from titan_lite.models.init import initialize
 from titan_lite.models.memory import LaneMemory
+from titan_lite.models.memory.base import Piece
 from titan_lite.models.memory.decoding import Decoding
 from titan_lite.models.module import after_step
 from titan_lite.models.spec import Spec, collect_specs
@@ -58,6 +59,8 @@ class Training:
     """From a step's iterations to its FLOPs, in units of those expected on average."""
     memory: LaneMemory
     """What rows remember of the steps before."""
+    reading: Callable[[Tensor, Tensor, Tensor], Iterator[Piece]]
+    """From rows of validation (tokens, targets, documents) to the pieces in which they are read."""
     decoding: Callable[[], Decoding | None]
     """What a text that is sampled remembers; None = all of itself."""
     max_norm: float
@@ -116,6 +119,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         iterations=partial(model.stack.iterations, job.debug.seed),
         work=cache(partial(relative_flops, model, specs, job.model.memory.keys(job.training.seq_len))),
         memory=memory,
+        reading=partial(memory.reading, seq_len=job.training.seq_len),
         decoding=partial(memory.decoding, job.training.seq_len),
         max_norm=job.training.max_norm,
     )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,15 @@ from titan_lite.models.memory.whitening import NoSummaries
 
 if TYPE_CHECKING:
     from titan_lite.models.memory.decoding import Decoding
+
+
+class Piece(NamedTuple):
+    """Some of the tokens of rows, (B, T) each, and what they are told of those before."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    memory: SlotMemory | None
 
 
 class LaneMemory(Component):
@@ -53,6 +62,13 @@ class LaneMemory(Component):
 
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
+
+    def reading(self, tokens: Tensor, targets: Tensor, documents: Tensor, seq_len: int) -> Iterator[Piece]:
+        """What a validation runs forward on, one after the other, of rows (B, T) that begin with an empty memory.
+
+        As a whole; where a memory takes part, in segments of `seq_len` tokens.
+        """
+        yield Piece(tokens, targets, documents, None)
 
     def decoding(self, seq_len: int) -> Decoding | None:
         """What one text that is decoded remembers, read in segments of `seq_len` tokens; None = all of itself."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import Count, PositiveFloat, PositiveInt
 from titan_lite.models.block import Layer
+from titan_lite.models.memory.base import Piece
 from titan_lite.models.memory.decoding import Decoding
 from titan_lite.models.memory.whitening import Whitening
 from titan_lite.models.memory.xl import XL, Kept, Recalled, XLMemory, newest
@@ -89,14 +90,15 @@ class LongTerm(XL):
     summaries that were whitened with their running mean and covariance. Before each segment of the training, the m
     segments likest to the newest summary are looked up: a choice that no gradient goes through, made of nothing but
     the row's own past. Their keys stand before those of the C tokens, all at one position, the one before theirs. With
-    m = 0 this is `xl`. In decoding the text is cut into segments as in training. Source: the plan of LSWTransformer
-    (github.com/Avelina9X/memory-transformer-pt4), which has no code for it; whitened summaries: arXiv 2103.15316.
+    m = 0 this is `xl`, but that validation and decoding read texts in segments of training.seq_len, as training does.
+    Source: the plan of LSWTransformer (github.com/Avelina9X/memory-transformer-pt4), which has no code for it; whitened
+    summaries: arXiv 2103.15316.
     """
 
     class Config(XL.Config):
         type: Literal["long_term"] = "long_term"  # type: ignore[assignment]
         segment: PositiveInt = 64
-        """Tokens S of a segment; divides length and training.seq_len."""
+        """Tokens S of a segment; divides length, training.seq_len and validation.seq_len."""
         segments: PositiveInt = 64
         """Segments N that are kept."""
         retrieve: Count = 4
@@ -125,7 +127,10 @@ class LongTerm(XL):
             return Whitening(dim, self.decay, self.eps)
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-            for key, tokens in (("model.memory.length", self.length), ("training.seq_len", job.training.seq_len)):
+            lengths = {"model.memory.length": self.length, "training.seq_len": job.training.seq_len}
+            if job.validation.enable:
+                lengths["validation.seq_len"] = job.validation.seq_len
+            for key, tokens in lengths.items():
                 if tokens % self.segment:
                     why = (
                         f"must divide {key} = {tokens}: what falls out of memory, and what comes in, are whole segments"
@@ -153,10 +158,23 @@ class LongTerm(XL):
         assert isinstance(summaries, Whitening)
         self.layers, self.dim, self.whitening = layers, dim, summaries
 
+    def others(self, **changes: bool) -> LongTerm:
+        """The empty memory of other rows, for weights that stay: nothing has to be made anew."""
+        config = self.config.model_copy(update={"recompute_kv": False, **changes})
+        return LongTerm(config, self.layers, self.dim, self.device, self.dtype, self.whitening)
+
+    def reading(self, tokens: Tensor, targets: Tensor, documents: Tensor, seq_len: int) -> Iterator[Piece]:
+        lanes, numbers = self.others(), torch.arange(len(tokens))
+        before = torch.zeros_like(documents[:, :1])
+        for parts in zip(*(part.split(seq_len, dim=1) for part in (tokens, targets, documents)), strict=True):
+            memory = lanes.of(numbers)
+            piece = Piece(parts[0], parts[1], parts[2] - before, memory)
+            yield piece
+            memory.advance(piece.documents)
+            before = parts[2][:, -1:]
+
     def decoding(self, seq_len: int) -> Decoding:
-        config = self.config.model_copy(update={"recompute_kv": False, "reset_on_bos": False})
-        of_one = LongTerm(config, self.layers, self.dim, self.device, self.dtype, self.whitening)
-        return Decoding(of_one.of(torch.arange(1)), seq_len)
+        return Decoding(self.others(reset_on_bos=False).of(torch.arange(1)), seq_len)
 
     def of(self, rows: Tensor) -> LongTermMemory:
         memory = super().of(rows)
