@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from titan_lite.models.flops import active_parameters, training_flops_per_token
+from titan_lite.models.flops import active_parameters, anew_flops_per_token, training_flops_per_token
 from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
 
@@ -26,7 +26,8 @@ def run_facts(trainer: Trainer) -> RunFacts:
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(training.model, training.specs, n_keys),
+        flops_per_token=training_flops_per_token(training.model, training.specs, n_keys)
+        + anew_flops_per_token(training.model, job.model.memory.anew(job.training.seq_len)),
         layout=f"{world.layout}, {dtype} compute",
         device=name,
         peak_flops=peak_flops(name),
@@ -42,6 +43,7 @@ def run_facts(trainer: Trainer) -> RunFacts:
         dump_folder=trainer.folder,
         warnings=job.warnings,
         active_parameters=active if active < sum(sizes.values()) else None,
+        remembered_bytes=training.memory.nbytes(progress.global_batch_size // world.dp_size),
         resumed_from=trainer.resumed_from,
         run_id=trainer.checkpoints.run_id,
     )

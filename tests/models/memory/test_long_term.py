@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tests.models.memory.streams import B, lanes, sharp_model, stream, tables, tokens
 from tests.models.tiny import VOCAB
 from titan_lite.generation import Sampling, generate
+from titan_lite.models.flops import anew_flops_per_token
 from titan_lite.models.memory import XL, LongTerm
 from titan_lite.models.memory.long_term import LongTermMemory
 from titan_lite.models.memory.xl import segments_of
@@ -353,6 +354,24 @@ def test_generation_goes_on_over_segments() -> None:
     assert greedy == expected[len(text) :]
     plain = list(generate(model, text, 12, Sampling(temperature=0), 0, torch.device("cpu"), VOCAB))
     assert plain != greedy
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute_kv": True}], ids=["keys", "inputs"])
+def test_bytes_are_those_of_the_state(options: dict[str, Any]) -> None:
+    memory = memory_of(model_with(), **options)
+    assert memory.nbytes(B) == sum(tensor.nbytes for tensor in memory.state(range(B)).values())
+    assert memory.nbytes(B) > B * (N * S + C) * 32 * 4
+    assert lanes(C, tables(2)).nbytes(B) == B * (8 + 2 * 2 * 2 * C * 8 * 4)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "gqa_fused"])
+def test_flops_count_keys_that_are_made_anew(kind: str) -> None:
+    """Forward and the weights' gradient of (m S + C) / T more tokens, in both layers."""
+    config = LongTerm.Config(**FAR, length=C, recompute_kv=True)
+    assert config.anew(T) == (M * S + C) / T
+    assert config.model_copy(update={"recompute_kv": False}).anew(T) == 0
+    matrices = 2 * 32 * (16 + 16)  # keys and values of 2 heads of width 8, in 2 layers
+    assert anew_flops_per_token(model_with(type=kind), config.anew(T)) == 2 * 2 * matrices * (M * S + C) // T
 
 
 def test_flops_count_what_is_shown() -> None:

@@ -122,7 +122,7 @@ class GroupedAttention(Attention):
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
-        self.n_heads, self.head_dim = config.n_heads, config.width(dim)
+        self.dim, self.n_heads, self.head_dim = dim, config.n_heads, config.width(dim)
         self.n_kv_heads, self.value_dim = config.value_shape(dim)
         self.project_with(config, dim, linear)
         self.activation = activation(config.activation)
@@ -173,6 +173,10 @@ class GroupedAttention(Attention):
     def shared(self) -> Iterator[Position | PreparedKernel]:
         yield self.position
         yield self.kernel
+
+    def key_value_flops_per_token(self) -> int:
+        """Forward FLOPs of the keys and values of one token."""
+        return 2 * self.n_kv_heads * (self.head_dim + self.value_dim) * self.dim
 
     def score_flops_per_token(self, seq_len: int) -> int:
         return 2 * self.n_heads * (self.head_dim + self.value_dim) * (self.registers.n + seq_len)

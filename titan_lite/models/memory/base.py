@@ -45,6 +45,10 @@ class LaneMemory(Component):
             """Keys of such a forward: several may share a position."""
             return seq_len
 
+        def anew(self, seq_len: int) -> float:
+            """Remembered tokens whose keys and values such a forward makes again, for each of its own tokens."""
+            return 0.0
+
         def statistics(self, dim: int) -> nn.Module:
             """What a model of width `dim` itself holds for its memory."""
             return NoSummaries()
@@ -62,6 +66,10 @@ class LaneMemory(Component):
 
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
+
+    def nbytes(self, n_rows: int) -> int:
+        """What it holds for so many rows."""
+        return 0
 
     def reading(self, tokens: Tensor, targets: Tensor, documents: Tensor, seq_len: int) -> Iterator[Piece]:
         """What a validation runs forward on, one after the other, of rows (B, T) that begin with an empty memory.

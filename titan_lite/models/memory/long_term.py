@@ -182,10 +182,10 @@ class LongTerm(XL):
         memory.recall()
         return memory
 
-    def empty(self, n_rows: int) -> dict[str, Tensor]:
+    def empty(self, n_rows: int, device: torch.device | None = None) -> dict[str, Tensor]:
         n_segments = self.config.kept // self.config.segment
-        summaries = torch.zeros(n_rows, n_segments, self.dim, dtype=torch.float32, device=self.device)
-        return super().empty(n_rows) | {"summaries": summaries}
+        summaries = torch.zeros(n_rows, n_segments, self.dim, dtype=torch.float32, device=device or self.device)
+        return super().empty(n_rows, device) | {"summaries": summaries}
 
     def slot(self, parts: Mapping[str, Tensor], layers: list[Kept]) -> LongTermMemory:
         return LongTermMemory(self.config, layers, parts["valid"], parts["summaries"], self.whitening)

@@ -197,6 +197,9 @@ class XL(LaneMemory):
         def span(self, seq_len: int) -> int:
             return self.length + seq_len
 
+        def anew(self, seq_len: int) -> float:
+            return (self.keys(seq_len) / seq_len - 1) * self.recompute_kv
+
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
             span = self.span(job.training.seq_len)
             if job.validation.enable and job.validation.seq_len < span:
@@ -229,13 +232,17 @@ class XL(LaneMemory):
                 self.saved = {}  # all of it has gone to slots
         return self.slots[first]
 
-    def empty(self, n_rows: int) -> dict[str, Tensor]:
+    def empty(self, n_rows: int, device: torch.device | None = None) -> dict[str, Tensor]:
         """The state of lanes that begin."""
-        state = {"valid": torch.zeros(n_rows, dtype=torch.int64, device=self.device)}
+        device = device or self.device
+        state = {"valid": torch.zeros(n_rows, dtype=torch.int64, device=device)}
         for i, shapes in enumerate(self.shapes):
             for name, shape in shapes.items():
-                state[f"{i}.{name}"] = torch.zeros(n_rows, *shape, dtype=self.dtype, device=self.device)
+                state[f"{i}.{name}"] = torch.zeros(n_rows, *shape, dtype=self.dtype, device=device)
         return state
+
+    def nbytes(self, n_rows: int) -> int:
+        return n_rows * sum(tensor.nbytes for tensor in self.empty(1, torch.device("meta")).values())
 
     def _slot(self, state: Mapping[str, Tensor], begin: int, n_rows: int) -> XLMemory:
         parts = {name: tensor[begin : begin + n_rows] for name, tensor in state.items()}
