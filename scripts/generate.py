@@ -48,8 +48,10 @@ def main(options: argparse.Namespace) -> None:
     """Prints the prompt and its continuation as it comes."""
     from titan_lite.data.pieces import prompt_ids
     from titan_lite.generation import Sampling, generate
+    from titan_lite.parallel.precision import DTYPES
     from titan_lite.parallel.world import pick_device
     from titan_lite.pretrained import load_pretrained
+    from titan_lite.step import lane_memory
 
     device = pick_device()
     model, tokenizer, job = load_pretrained(options.checkpoint, device)
@@ -67,6 +69,7 @@ def main(options: argparse.Namespace) -> None:
         device,
         tokenizer.vocab_size,
         tokenizer.eos_id,
+        memory=lane_memory(job, model, device, DTYPES[job.training.dtype]).decoding(job.training.seq_len),
     )
     for token in stream:
         tokens.append(token)

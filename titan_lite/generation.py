@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.context import LayerMemory, Memory
 from titan_lite.models.head.output import Output
+from titan_lite.models.memory.decoding import Decoding
 
 
 class LayerCache(LayerMemory):
@@ -47,6 +48,11 @@ class KVCache(Memory):
 
     def layer(self, index: int) -> LayerCache:
         return self.layers.setdefault(index, LayerCache(self))
+
+    @property
+    def room(self) -> int:
+        """Tokens that the next call may have."""
+        return self.capacity - self.length
 
     def advance(self, tokens: int) -> None:
         """Counts `tokens` as seen; call after each forward."""
@@ -98,20 +104,24 @@ def generate(
     vocab_size: int,
     end: int | None = None,
     agree: Callable[[int], int] = int,
+    memory: Decoding | None = None,
 ) -> Iterator[int]:
     """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens.
 
     Tokens are below `vocab_size`, the tokenizer's: the model's own may have been rounded up. Ranks that share a sharded
-    model must go on with the same token, after the same iterations: `agree` makes one of theirs.
+    model must go on with the same token, after the same iterations: `agree` makes one of theirs. With a `memory` the
+    text is read in its segments, which see of those before what it shows them.
     """
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache(len(prompt) + max_new_tokens)
+    cache = KVCache(len(prompt) + max_new_tokens) if memory is None else memory
     tokens = torch.tensor([list(prompt)], device=device)  # (1, T)
     for _ in range(max_new_tokens):
         # Decoding changes shapes with every token: compiled blocks run eagerly here.
         with torch.compiler.set_stance("force_eager"):
-            logits = model(tokens, memory=cache, consume=last_logits, agree=agree)
-        cache.advance(tokens.shape[1])
+            while tokens.shape[1]:
+                piece, tokens = tokens[:, : cache.room], tokens[:, cache.room :]
+                logits = model(piece, memory=cache, consume=last_logits, agree=agree)
+                cache.advance(piece.shape[1])
         token = agree(sampling.draw(logits[0, -1, :vocab_size], generator))
         if token == end:
             return

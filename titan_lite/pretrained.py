@@ -42,7 +42,9 @@ def load_pretrained(path: Path, device: torch.device) -> Pretrained:
     tokenizer: Tokenizer = job.tokenizer.build()
     with torch.device("meta"):
         model: Transformer = job.model.build(vocab_size=vocab_size_for(job.model, tokenizer.vocab_size))
-    model.to(DTYPES[job.training.dtype]).to_empty(device=device)
+    for parameter in model.parameters():  # buffers stay what they are
+        parameter.data = parameter.data.to(DTYPES[job.training.dtype])
+    model.to_empty(device=device)
     restore(folder, model_tensors(model), model_only=True)
     warn_of_doubts(model, folder)
     return Pretrained(model.eval(), tokenizer, job)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +18,8 @@ from titan_lite.models.dropout import Noise, drops, no_noise
 from titan_lite.models.flops import relative_flops
 from titan_lite.models.init import initialize
 from titan_lite.models.memory import LaneMemory
+from titan_lite.models.memory.base import Piece
+from titan_lite.models.memory.decoding import Decoding
 from titan_lite.models.module import after_step
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
@@ -57,6 +59,10 @@ class Training:
     """From a step's iterations to its FLOPs, in units of those expected on average."""
     memory: LaneMemory
     """What rows remember of the steps before."""
+    reading: Callable[[Tensor, Tensor, Tensor], Iterator[Piece]]
+    """From rows of validation (tokens, targets, documents) to the pieces in which they are read."""
+    decoding: Callable[[], Decoding | None]
+    """What a text that is sampled remembers; None = all of itself."""
     max_norm: float
 
 
@@ -97,6 +103,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         model.embedding.warm_start()
         after_step(model, world.total_tensor)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
+    memory = lane_memory(job, model, world.device, precision.param)
     cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
     return Training(
         world=world,
@@ -110,12 +117,20 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
         token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
         iterations=partial(model.stack.iterations, job.debug.seed),
-        work=cache(partial(relative_flops, model, specs, job.model.memory.span(job.training.seq_len))),
-        memory=job.model.memory.build(
-            layers=job.model.each_layer(), dim=job.model.dim, device=world.device, dtype=precision.param
-        ),
+        work=cache(partial(relative_flops, model, specs, job.model.memory.keys(job.training.seq_len))),
+        memory=memory,
+        reading=partial(memory.reading, seq_len=job.training.seq_len),
+        decoding=partial(memory.decoding, job.training.seq_len),
         max_norm=job.training.max_norm,
     )
+
+
+def lane_memory(job: Job, model: Transformer, device: torch.device, dtype: torch.dtype) -> LaneMemory:
+    """The empty memory of a job's model whose activations are of `dtype`."""
+    memory: LaneMemory = job.model.memory.build(
+        layers=job.model.each_layer(), dim=job.model.dim, device=device, dtype=dtype, summaries=model.summaries
+    )
+    return memory
 
 
 def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, index: int) -> StepTensors:

@@ -64,6 +64,7 @@ COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
 """Keys of the same table without which a value has no effect."""
 
 TABLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("memory", "long_term"): {"type": "long_term", "length": 4, "segment": 2, "segments": 8, "retrieve": 3},
     ("stack", "recurrent"): {"type": "recurrent", "prelude": 1, "coda": 0, "mean_iterations": 2},
     ("init", "zeros"): {"type": "normal", "rules": [{"role": "hidden", "match": "*.q*", "init": "zeros"}]},
 }

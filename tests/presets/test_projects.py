@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from tests.hf.twins import VOCAB, preset_config, random_tokens, randomise
 from titan_lite.config.presets import preset_names
 from titan_lite.models.init import initialize
+from titan_lite.models.position.scaling import Scaling
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 
@@ -23,8 +24,12 @@ ATOL = 1e-5
 Weights = dict[str, Tensor]
 
 
-def built(name: str) -> tuple[Transformer.Config, Transformer, Weights]:
-    config = preset_config(name, n_layers=3)
+def built(name: str, scaling: Any = "none") -> tuple[Any, Transformer, Weights]:
+    config: Any = preset_config(name, n_layers=3)
+    if scaling != "none":
+        position = config.attention.position
+        position = position.model_copy(update={"scaling": Scaling.Config.choose(scaling)})
+        config = config.model_copy(update={"attention": config.attention.model_copy(update={"position": position})})
     model = config.build(vocab_size=VOCAB).eval()
     randomise(model)
     return config, model, dict(model.named_parameters())
@@ -92,12 +97,18 @@ def from_scratch(config: Any, w: Weights, tokens: Tensor) -> Tensor:
 def lswt(config: Any, w: Weights, tokens: Tensor) -> Tensor:
     width = config.dim // config.attention.n_heads
     times = torch.arange(tokens.shape[1]).flip(0)  # the newest token is at 0
+    theta, size = 5e5, 1.0
+    scaling = config.attention.position.scaling.model_dump()
+    if scaling["type"] == "lswt":
+        excess = max(tokens.shape[1] / scaling["train_len"], 1)
+        theta *= (scaling["ntk_scale"] * excess**2) ** (width / (width - 2))
+        size = scaling["a"] * math.log(excess) + scaling["b"]
     x = layer_norm(affine(w["embedding.weight"][tokens], w, "embedding.wide"), w, "embedding.norm", 1e-5)
     for i in range(config.n_layers):
         b = f"stack.blocks.{i}"
         h = layer_norm(x, w, f"{b}.attention_residual.norm", 1e-5)
         q, k, v = (split(affine(h, w, f"{b}.attention.{p}"), width) for p in "qkv")
-        q, k = (turned(y, times, 5e5, halves) for y in (q, k))
+        q, k = (size * turned(y, times, theta, halves) for y in (q, k))
         x = x + affine(attend(q, k, v, width**-0.5), w, f"{b}.attention.o")
         h = layer_norm(x, w, f"{b}.ffn_residual.norm", 1e-5)
         hidden = F.silu(affine(h, w, f"{b}.ffn.gate")) * affine(h, w, f"{b}.ffn.up")
@@ -136,6 +147,18 @@ def test_logits_are_those_of_the_definition(project: Callable[[Any, Weights, Ten
         expected = project(config, weights, tokens)
         assert expected.std() > 0.1
         torch.testing.assert_close(model(tokens), expected, atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(("train_len", "longer"), [(8, 3), (24, 1), (100, 1)])
+@torch.no_grad()
+def test_lswt_over_texts_longer_than_those_of_its_training(train_len: int, longer: float) -> None:
+    """Its context extension: beyond train_len, slower rotations and larger scores; up to it, the model as it was."""
+    config, model, weights = built("lswt", {"type": "lswt", "train_len": train_len, "a": 0.3})
+    tokens = random_tokens(24)
+    logits = model(tokens)
+    torch.testing.assert_close(logits, lswt(config, weights, tokens), atol=ATOL, rtol=0)
+    plain = lswt(built("lswt")[0], weights, tokens)
+    assert torch.allclose(logits, plain, atol=ATOL) == (longer == 1)
 
 
 SMALL = math.sqrt(2 / (5 * 128))

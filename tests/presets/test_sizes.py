@@ -127,6 +127,17 @@ def _published(flavor: str) -> bool:
     return flavor not in (DEFAULT_FLAVOR, "debug350m")
 
 
+@pytest.mark.parametrize(("flavor", "dim", "n_layers", "hidden"), [("tiny", 768, 12, 2048), ("medium", 1536, 18, 4096)])
+def test_lswt_by_hand(flavor: str, dim: int, n_layers: int, hidden: int) -> None:
+    """A table of OPT's tokens, projected in and out; biases and both numbers of each norm in every layer."""
+    attention = 4 * (dim * dim + dim)
+    ffn = 2 * (dim * hidden + hidden) + hidden * dim + dim
+    norms = 2 * dim
+    expected = 50272 * 768 + 2 * 768 * dim + norms + n_layers * (attention + ffn + 2 * norms) + norms
+    assert parameters("lswt", flavor) == expected
+    assert preset_config("lswt", flavor).memory.model_dump()["length"] == 2048
+
+
 @pytest.mark.parametrize(("name", "flavor"), sizes(TWINS))
 def test_transformers_counts_the_same(name: str, flavor: str) -> None:
     config = preset_config(name, flavor, **AS_THERE.get((name, flavor), {}))

@@ -18,7 +18,7 @@ from titan_lite.models.attention import GroupedAttention, HeadAttention, ValueRe
 from titan_lite.models.attention.kernel.flash import FlashAttention
 from titan_lite.models.attention.mask import Documents, SlidingWindow
 from titan_lite.models.layers import SLOTS, Variant, variants
-from titan_lite.models.memory import XL
+from titan_lite.models.memory import XL, LongTerm
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -156,7 +156,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "model.memory.type",
-        ("xl",),
+        ("xl", "long_term"),
         "excludes",
         "model.embedding.position.type",
         ("learned", "sinusoidal"),
@@ -164,7 +164,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "model.memory.type",
-        ("xl",),
+        ("xl", "long_term"),
         "excludes",
         "model.stack.type",
         ("recurrent",),
@@ -258,7 +258,11 @@ def _what_memory_needs(settings: Settings) -> Iterator[Problem]:
             why = f'does not go with {key}.type = "document": what is remembered has no document'
             allowed = "true, or masks without documents"
             yield Problem(CROSS_FIELD, "model.memory.reset_on_bos", why, False, allowed)
-        if isinstance(mask, SlidingWindow.Config) and memory.length > mask.window - 1:
+        if isinstance(mask, SlidingWindow.Config) and isinstance(memory, LongTerm.Config):
+            why = f"recalls what is far away, and {key}.window = {mask.window} hides it"
+            allowed = '"none", "xl", or attention without a window'
+            yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, allowed)
+        elif isinstance(mask, SlidingWindow.Config) and memory.length > mask.window - 1:
             why = f"is more than {key}.window = {mask.window} lets any token see of those before it"
             yield Problem(CROSS_FIELD, "model.memory.length", why, memory.length, f"at most {mask.window - 1}")
 

@@ -65,6 +65,8 @@ class Memory(Protocol):
 
     length: int
     """Tokens before those of this call."""
+    recalled: int = 0
+    """The first of them, which come from afar: all at position 0, one before the others'."""
     plain_keys: bool = False
     """Whether positions act on all keys in each call: keys are remembered without, since their positions change."""
     grows: bool = False
@@ -80,6 +82,10 @@ class Memory(Protocol):
 
     def keep(self, index: int, carry: dict[str, Tensor]) -> None:
         """Takes what executed layer `index` left in `carry` out of it. Outside of blocks, which may run twice."""
+        return
+
+    def see(self, x: Tensor) -> None:
+        """Is shown the stack's result (B, T, D), before the final norm."""
         return
 
 
@@ -118,7 +124,7 @@ class Context(NamedTuple):
     """Facts of one forward pass, shared by all blocks; the stack narrows memory and noise to the layer."""
 
     positions: Tensor
-    """(T,) position of each query token; keys are counted from 0 up to the last query."""
+    """(T,) position of each query token; for those of keys see `key_positions`."""
     documents: Tensor | None
     """(B, T) document number of each token, or None where the rows are not packed."""
     memory: Any
@@ -137,9 +143,21 @@ class Context(NamedTuple):
     """For the stack alone; None = nobody stops early."""
     first_key: Tensor | None = None
     """(B,), or (1,) for all rows: keys before this one are none of the row's, whatever masks say; None = all are."""
+    recalled: int = 0
+    """See `Memory`."""
 
     def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
         """The context of executed layer `index`, given what those before it left."""
         noise = None if self.noise is None else self.noise.layer(index)
         memory = self.memory.layer(index)
         return self._replace(memory=memory, noise=noise, carry=carry, iterations=None, early_exit=None)
+
+
+def key_positions(keys: Tensor, recalled: int) -> Tensor:
+    """Positions of keys, given their numbers: those, but that the first `recalled` share one."""
+    return (keys - (recalled - 1)).clamp(min=0) if recalled else keys
+
+
+def n_positions(n_keys: int, recalled: int) -> int:
+    """How many different positions so many keys have."""
+    return n_keys - recalled + 1 if recalled else n_keys

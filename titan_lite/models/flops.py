@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from titan_lite.models.attention import Attention
+from titan_lite.models.attention import Attention, HeadAttention
 from titan_lite.models.context import Iterations
 from titan_lite.models.spec import Spec
 from titan_lite.models.stack import Executions
@@ -36,6 +36,16 @@ def training_flops_per_token(
         if isinstance(module, Attention):
             flops += module.score_flops_per_token(seq_len) * runs.get(module, once)
     return round(flops)
+
+
+def anew_flops_per_token(model: Transformer, anew: float) -> int:
+    """Forward and backward FLOPs per token of keys and values that are made again of `anew` remembered tokens.
+
+    Backward goes to the weights, and not on to what is remembered: twice the forward in all.
+    """
+    runs = {m: n.forward for unit, n in model.stack.executions().items() for m in unit.modules()}
+    attentions = (module for module in model.modules() if isinstance(module, HeadAttention))
+    return round(sum(2 * anew * module.key_value_flops_per_token() * runs.get(module, 1) for module in attentions))
 
 
 def relative_flops(model: Transformer, specs: dict[str, Spec], seq_len: int, iterations: Iterations | None) -> float:

@@ -16,7 +16,7 @@ from titan_lite.config.fields import Strings
 from titan_lite.models import combinations
 from titan_lite.models.attention import GQA, Attention
 from titan_lite.models.block import Block, Layer, SequentialBlock
-from titan_lite.models.context import NOT_TRAINING, Context, EarlyExit, Memory, NoMemory, TrainingFacts
+from titan_lite.models.context import NOT_TRAINING, Context, EarlyExit, Memory, NoMemory, TrainingFacts, key_positions
 from titan_lite.models.embedding import Embedding, TokenEmbedding
 from titan_lite.models.ffn import FFN, GLU
 from titan_lite.models.head import Head, LMHead
@@ -153,6 +153,7 @@ class Transformer(Module):
         sizes = {"dim": config.dim, "vocab_size": vocab_size, "linear": config.linear}
         self.head = config.head.build(**sizes, embedding=self.embedding)
         self.tied = config.head.tied
+        self.summaries = config.memory.statistics(config.dim)
         # A plain dict: these modules are registered where they belong, in their attentions.
         self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
 
@@ -171,6 +172,7 @@ class Transformer(Module):
             context = context._replace(early_exit=EarlyExit(self._next_logits, agree))
         x = self.embedding(tokens, context)  # (B, T, D)
         x = self.stack(x, context)
+        context.memory.see(x)
         return self.head(self.norm(x), self.embedding, consume)
 
     def _next_logits(self, x: Tensor) -> Tensor:
@@ -187,9 +189,9 @@ class Transformer(Module):
     ) -> Context:
         """What the blocks of one forward over `tokens` (B, T) are told."""
         memory = NoMemory() if memory is None else memory
-        positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
+        keys = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
         context = Context(
-            positions,
+            key_positions(keys, memory.recalled),
             documents,
             memory,
             facts.noise,
@@ -198,6 +200,7 @@ class Transformer(Module):
             token_weight=facts.token_weight,
             iterations=facts.iterations,
             first_key=memory.first_key(documents),
+            recalled=memory.recalled,
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 

@@ -93,6 +93,8 @@ def fact_lines(facts: RunFacts) -> list[tuple[str, str]]:
         ),
         ("writes", str(facts.dump_folder)),
     ]
+    if facts.remembered_bytes:
+        lines.insert(3, ("memory", f"{facts.remembered_bytes / 2**30:.2f} GiB on each rank, of the steps before"))
     return [*lines, ("resumes", facts.resumed_from)] if facts.resumed_from else lines
 
 

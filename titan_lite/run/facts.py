@@ -9,7 +9,7 @@ import torch
 
 from titan_lite.models.attention import Attention
 from titan_lite.models.attention.kernel import Kernel
-from titan_lite.models.flops import active_parameters, training_flops_per_token
+from titan_lite.models.flops import active_parameters, anew_flops_per_token, training_flops_per_token
 from titan_lite.models.transformer import Transformer
 from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
@@ -25,16 +25,17 @@ def run_facts(trainer: Trainer) -> RunFacts:
     embedding = sum(size for name, size in sizes.items() if training.specs[name].role == "embed")
     active = active_parameters(training.model, training.specs)
     name = device_name(world.device)
-    span = job.model.memory.span(job.training.seq_len)
+    n_keys = job.model.memory.keys(job.training.seq_len)
     dtype = str(trainer.precision.param).removeprefix("torch.")
     return RunFacts(
         description=job.job.description,
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(training.model, training.specs, span),
+        flops_per_token=training_flops_per_token(training.model, training.specs, n_keys)
+        + anew_flops_per_token(training.model, job.model.memory.anew(job.training.seq_len)),
         layout=f"{world.layout}, {dtype} compute",
-        kernels=attention_kernels(training.model, world.device, job.training.seq_len, span),
+        kernels=attention_kernels(training.model, world.device, job.training.seq_len, n_keys),
         device=name,
         peak_flops=peak_flops(name),
         world_size=world.size,
@@ -49,6 +50,7 @@ def run_facts(trainer: Trainer) -> RunFacts:
         dump_folder=trainer.folder,
         warnings=job.warnings,
         active_parameters=active if active < sum(sizes.values()) else None,
+        remembered_bytes=training.memory.nbytes(progress.global_batch_size // world.dp_size),
         resumed_from=trainer.resumed_from,
         run_id=trainer.checkpoints.run_id,
     )

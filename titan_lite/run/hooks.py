@@ -50,6 +50,8 @@ class RunFacts:
     """One line each, shown once."""
     active_parameters: int | None = None
     """Those that work on a token, where not all do."""
+    remembered_bytes: int = 0
+    """On each rank, of what its rows remember of the steps before."""
     resumed_from: str | None = None
     run_id: str = ""
     """Stays the same over resumes."""

@@ -34,6 +34,7 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
                 tokenizer.vocab_size,
                 tokenizer.eos_id,
                 training.world.broadcast,
+                training.decoding(),
             )
             try:
                 text = prompt + tokenizer.decode(list(tokens))

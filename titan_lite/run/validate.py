@@ -25,18 +25,19 @@ def validate(
     start = time.perf_counter()
     world = training.world
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    tokens = text_bytes = 0
+    n_tokens = text_bytes = 0
     with evaluating(training.model):
         for batch in batches:
             if world.total(bool(stop))[0]:
                 return None
             device = world.device
             parts = (batch.tokens.to(device), batch.targets.to(device), batch.documents.to(device))
-            loss += training.validation_objective(training.model, *parts)
-            targets = batch.targets[batch.targets != IGNORE]
-            tokens += targets.numel()
-            text_bytes += int(token_bytes[targets.numpy()].sum())
-    nats, all_tokens, all_bytes = world.total(loss.item(), tokens, text_bytes)
+            for tokens, targets, documents, memory in training.reading(*parts):
+                loss += training.validation_objective(training.model, tokens, targets, documents, memory=memory)
+            counted = batch.targets[batch.targets != IGNORE]
+            n_tokens += counted.numel()
+            text_bytes += int(token_bytes[counted.numpy()].sum())
+    nats, all_tokens, all_bytes = world.total(loss.item(), n_tokens, text_bytes)
     return ValidationResult(
         step=step,
         loss=nats / all_tokens,

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.models.tiny import VOCAB, tiny_config, tiny_model
-from titan_lite.models.memory import XL
+from titan_lite.models.memory import XL, LaneMemory
 from titan_lite.models.transformer import Transformer
 
 B = 2
@@ -30,11 +30,16 @@ def sharp_model(seed: int = 0, **changes: Any) -> Transformer:
     return model
 
 
-def lanes(length: int, changes: dict[str, Any], **options: Any) -> XL:
-    """The memory of a model with these changes."""
+def lanes(length: int, changes: dict[str, Any], summaries: nn.Module | None = None, **options: Any) -> XL:
+    """The memory of a model with these changes; `summaries` are the model's, where it has any."""
     config = tiny_config(**changes)
-    memory: XL = XL.Config(length=length, **options).build(
-        layers=config.each_layer(), dim=config.dim, device=torch.device("cpu"), dtype=torch.float32
+    chosen = LaneMemory.Config.choose({"type": "xl", "length": length} | options)
+    memory: XL = chosen.build(
+        layers=config.each_layer(),
+        dim=config.dim,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        summaries=summaries or chosen.statistics(config.dim),
     )
     return memory
 

@@ -88,6 +88,18 @@ def test_a_token_sees_as_far_back_as_memory_goes(kernel: str, n_layers: int) -> 
             assert ((before - after).abs().max() > 1e-6) == (changed >= reached), changed
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("recompute_kv", [False, True])
+def test_memory_lengthens_the_text_that_a_scaling_sees(recompute_kv: bool) -> None:
+    """LSWTransformer's: a segment of 8 with 16 before it is turned as the end of a text of 24."""
+    changes = tables(1, position={"direction": "reversed", "scaling": {"type": "lswt", "train_len": 8, "a": 0.3}})
+    model, text = sharp_model(**changes), tokens(32)
+    *_, last = stream(model, lanes(16, changes, recompute_kv=recompute_kv), list(text.split(8, 1)))
+    torch.testing.assert_close(last, model(text[:, 8:])[:, -8:], atol=ATOL, rtol=0)
+    plain = sharp_model(**tables(1, position={"direction": "reversed"}))
+    assert (last - plain(text[:, 8:])[:, -8:]).abs().max() > SEEN
+
+
 def documents_of(bounds: list[list[int]], length: int) -> Tensor:
     """(B, length): which document of its lane each token is of, given where others begin."""
     return torch.stack([(torch.arange(length)[:, None] >= torch.tensor(row)).sum(1) for row in bounds])

@@ -15,7 +15,7 @@ from titan_lite.models.activation import Activation, activation
 from titan_lite.models.attention.heads import HeadAttention, Kept, undivided
 from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
 from titan_lite.models.attention.value import NoValueMix, ValueMix
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, n_positions
 from titan_lite.models.linear import Linear
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class GroupedAttention(HeadAttention):
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
-        self.n_heads, self.head_dim = config.n_heads, config.width(dim)
+        self.dim, self.n_heads, self.head_dim = dim, config.n_heads, config.width(dim)
         self.n_kv_heads, self.value_dim = config.value_shape(dim)
         self.project_with(config, dim, linear)
         self.activation = activation(config.activation)
@@ -109,9 +109,12 @@ class GroupedAttention(HeadAttention):
         memory.leave(x, k, v, context.carry)
         q, k, v = self.position(q, k, v, memory, context.prepared[self.position.key])
         q = self.qk_norm.after_position(q)
-        k, v = self.registers(k, v, self.position)
+        k, v = self.registers(k, v, self.position, n_positions(k.shape[2], context.recalled))
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
+
+    def key_value_flops_per_token(self) -> int:
+        return 2 * self.n_kv_heads * (self.head_dim + self.value_dim) * self.dim
 
 
 class GQA(GroupedAttention):

@@ -123,6 +123,10 @@ class HeadAttention(Attention):
         yield self.position
         yield self.kernel
 
+    def key_value_flops_per_token(self) -> int:
+        """Forward FLOPs of what a cache keeps of one token."""
+        raise NotImplementedError
+
     def score_flops_per_token(self, seq_len: int) -> int:
         return self.flops_per_score * (self.registers.n + seq_len)
 

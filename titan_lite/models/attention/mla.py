@@ -16,7 +16,7 @@ from titan_lite.models.attention.gqa import heads
 from titan_lite.models.attention.heads import HeadAttention, Kept, undivided
 from titan_lite.models.attention.kernel import Eager, Grids, PreparedKernel, Scoring
 from titan_lite.models.attention.kernel.base import n_keys
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, n_positions
 from titan_lite.models.linear import Linear
 from titan_lite.models.norm import Norm, RMSNorm
 from titan_lite.models.position import Position
@@ -102,7 +102,7 @@ class MLA(HeadAttention):
         memory.leave(x, k, c, context.carry)
         own, turned = q.split(self.parts, dim=-1)
         turned, k, c = self.position(turned, k, c, memory, context.prepared[self.position.key])
-        k, c = self.registers(k, c, self.position)
+        k, c = self.registers(k, c, self.position, n_positions(k.shape[2], context.recalled))
         y = self.attend(own, turned, k, c, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 
@@ -115,6 +115,9 @@ class MLA(HeadAttention):
         q = torch.cat((own @ to_keys, turned), dim=-1)  # (B, H, T, R + Dr)
         y = self.sink(self.absorbed, q, torch.cat((c, k), dim=-1), c, context)  # (B, H, T, R)
         return y @ to_values.transpose(-2, -1)
+
+    def key_value_flops_per_token(self) -> int:
+        return 2 * self.kv.down.weight.numel()
 
     def shared(self) -> Iterator[Position | PreparedKernel]:
         yield from super().shared()

@@ -16,7 +16,8 @@ from titan_lite.models.spec import Gaussian, Spec
 
 
 class Registers(Module):
-    """(keys (B, G, S, Dh) with their positions, values (B, G, S, Dv), position encoding) -> both with n more in front.
+    """(keys (B, G, S, Dh) with their positions, values (B, G, S, Dv), position encoding, length of the text) -> both
+    with n more in front.
 
     Kernels let every query see the first n keys, whatever masks say, and add no bias to their scores: `Scoring`. Built
     as `build(n_kv_heads=, head_dim=, value_dim=)`.
@@ -38,7 +39,7 @@ class NoRegisters(Registers):
     def __init__(self, config: Config, n_kv_heads: int, head_dim: int, value_dim: int):
         super().__init__()
 
-    def forward(self, k: Tensor, v: Tensor, position: Position) -> tuple[Tensor, Tensor]:
+    def forward(self, k: Tensor, v: Tensor, position: Position, length: int) -> tuple[Tensor, Tensor]:
         return k, v
 
 
@@ -61,8 +62,8 @@ class LearnedRegisters(Registers):
         self.k = nn.Parameter(torch.empty(n_kv_heads, config.n, head_dim))
         self.v = nn.Parameter(torch.empty(n_kv_heads, config.n, value_dim))
 
-    def forward(self, k: Tensor, v: Tensor, position: Position) -> tuple[Tensor, Tensor]:
-        keys = position.resting(self.k, k.shape[2]).to(k.dtype)
+    def forward(self, k: Tensor, v: Tensor, position: Position, length: int) -> tuple[Tensor, Tensor]:
+        keys = position.resting(self.k, length).to(k.dtype)
         return _before(k, keys), _before(v, self.v.to(v.dtype))
 
     def param_specs(self) -> dict[str, Spec]:

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import ClassVar, Literal
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Memory
+from titan_lite.models.memory.whitening import NoSummaries
+
+if TYPE_CHECKING:
+    from titan_lite.models.memory.decoding import Decoding
+
+
+class Piece(NamedTuple):
+    """Some of the tokens of rows, (B, T) each, and what they are told of those before."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor
+    memory: SlotMemory | None
 
 
 class LaneMemory(Component):
     """What the rows of a step's global batch know of the steps before: each goes on where it ended, a lane of the data.
 
-    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=)`, with the choices of
-    each executed layer and the dtype of activations.
+    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, summaries=)`, with the
+    choices of each executed layer, the dtype of activations and what `Config.statistics` put into the model.
     """
 
     class Config(SlotConfig):
@@ -27,6 +40,18 @@ class LaneMemory(Component):
         def span(self, seq_len: int) -> int:
             """Positions of a forward over segments of `seq_len` tokens, those in memory included."""
             return seq_len
+
+        def keys(self, seq_len: int) -> int:
+            """Keys of such a forward: several may share a position."""
+            return seq_len
+
+        def anew(self, seq_len: int) -> float:
+            """Remembered tokens whose keys and values such a forward makes again, for each of its own tokens."""
+            return 0.0
+
+        def statistics(self, dim: int) -> nn.Module:
+            """What a model of width `dim` itself holds for its memory."""
+            return NoSummaries()
 
     def of(self, rows: Tensor) -> SlotMemory | None:
         """What a micro-batch of these rows (numbers in the global batch) is told, and where its forward leaves things.
@@ -41,6 +66,21 @@ class LaneMemory(Component):
 
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
+
+    def nbytes(self, n_rows: int) -> int:
+        """What it holds for so many rows."""
+        return 0
+
+    def reading(self, tokens: Tensor, targets: Tensor, documents: Tensor, seq_len: int) -> Iterator[Piece]:
+        """What a validation runs forward on, one after the other, of rows (B, T) that begin with an empty memory.
+
+        As a whole; where a memory takes part, in segments of `seq_len` tokens.
+        """
+        yield Piece(tokens, targets, documents, None)
+
+    def decoding(self, seq_len: int) -> Decoding | None:
+        """What one text that is decoded remembers, read in segments of `seq_len` tokens; None = all of itself."""
+        return None
 
 
 class SlotMemory(Memory):
@@ -57,5 +97,13 @@ class NoLaneMemory(LaneMemory):
     class Config(LaneMemory.Config):
         type: Literal["none"] = "none"
 
-    def __init__(self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        config: Config,
+        layers: list[Layer],
+        dim: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        summaries: nn.Module,
+    ):
         pass

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveFloat
-from titan_lite.models.context import Context, LayerMemory
+from titan_lite.models.context import Context, LayerMemory, key_positions, n_positions
 from titan_lite.models.position.base import Position
 from titan_lite.models.position.frequencies import FREQUENCIES, Kind
 from titan_lite.models.position.rotation import Layout, rotation
@@ -39,6 +39,8 @@ class Anew(NamedTuple):
 
     queries: Any
     keys: Any
+    length: int
+    """Positions in all."""
 
 
 class RoPE(Position):
@@ -110,10 +112,12 @@ class RoPE(Position):
 
     def anew(self, context: Context) -> Anew:
         """What turns the queries of this call, and what turns all keys so far."""
-        length = context.memory.length + context.positions.shape[0]
-        keys = torch.arange(length, device=context.positions.device)
+        n_keys = context.memory.length + context.positions.shape[0]
+        length = n_positions(n_keys, context.recalled)
+        keys = key_positions(torch.arange(n_keys, device=context.positions.device), context.recalled)
         frequencies = self.scaling.frequencies(length, keys.device)
-        return Anew(self.turns(length, frequencies, context.positions), self.turns(length, frequencies, keys))
+        queries = self.turns(length, frequencies, context.positions)
+        return Anew(queries, self.turns(length, frequencies, keys), length)
 
     def turns(self, length: int, frequencies: Tensor, positions: Tensor) -> Any:
         """What turns the tokens at `positions` in a text of `length` tokens."""
@@ -125,9 +129,8 @@ class RoPE(Position):
     ) -> tuple[Tensor, Tensor, Tensor]:
         if isinstance(prepared, Anew):
             keys, values = memory.extend(k, v)
-            length = keys.shape[2]
-            q = self.rotate(q, *self.frequencies(prepared.queries, length))
-            return q, self.rotate(keys, *self.frequencies(prepared.keys, length)), values
+            q = self.rotate(q, *self.frequencies(prepared.queries, prepared.length))
+            return q, self.rotate(keys, *self.frequencies(prepared.keys, prepared.length)), values
         cos, sin = self.frequencies(prepared, k.shape[2])
         return self.rotate(q, cos, sin), *memory.extend(self.rotate(k, cos, sin), v)
 

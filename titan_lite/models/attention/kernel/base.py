@@ -15,7 +15,7 @@ from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.machine import has_cuda
 from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.score import Score
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, key_positions
 from titan_lite.models.module import Module
 from titan_lite.models.position import ScoreBias
 
@@ -71,7 +71,8 @@ class Scoring:
         documents = self.documents(context)
         q_document = None if documents is None else documents[:, None, :, None]
         k_document = None if documents is None else of_keys(documents, n_keys)[:, None, None, :]
-        allowed, bias = self.allowed(q, k, q_document, k_document), self.bias.grid(q, k)
+        at = key_positions(k, context.recalled)
+        allowed, bias = self.allowed(q, at, q_document, k_document), self.bias.grid(q, at)
         if context.first_key is not None:
             allowed = allowed & (k >= context.first_key[:, None, None, None])
         if self.registers:

@@ -13,7 +13,7 @@ from torch.nn.attention.flex_attention import AuxOutput, AuxRequest, BlockMask, 
 from titan_lite.config.errors import NOT_HERE, Problem
 from titan_lite.config.machine import has_cuda
 from titan_lite.models.attention.kernel.base import Kernel, Scoring, n_keys, of_keys
-from titan_lite.models.context import Context
+from titan_lite.models.context import Context, key_positions
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -78,17 +78,18 @@ class Flex(Kernel):
         rows = None if per_row is None or len(per_row) == 1 else len(per_row)
         create: Callable[..., BlockMask] = _compiled(create_block_mask) if device.type == "cuda" else create_block_mask
         n_all = self.scoring.registers + n_keys(context)
-        mask = create(self.mask_mod(documents, start, first_key), rows, None, n_queries, n_all, device=device)
-        return FlexArguments(mask, self.score_mod(start))
+        mask_mod = self.mask_mod(documents, start, first_key, context.recalled)
+        mask = create(mask_mod, rows, None, n_queries, n_all, device=device)
+        return FlexArguments(mask, self.score_mod(start, context.recalled))
 
-    def mask_mod(self, documents: Tensor | None, start: int, first_key: Tensor | None) -> MaskMod:
-        """All masks for index tensors (row, head, query, key), where the first query is at position `start`."""
+    def mask_mod(self, documents: Tensor | None, start: int, first_key: Tensor | None, recalled: int) -> MaskMod:
+        """All masks for index tensors (row, head, query, key), where the first query has key number `start`."""
         of_all = None if documents is None else of_keys(documents, start + documents.shape[1])
         scoring, registers = self.scoring, self.scoring.registers
 
         def allowed(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             pair = (None, None) if of_all is None else (of_all[row, q + start], of_all[row, k])
-            return scoring.allowed(q + start, k, *pair)
+            return scoring.allowed(key_positions(q + start, recalled), key_positions(k, recalled), *pair)
 
         def remembered(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             assert first_key is not None
@@ -102,7 +103,7 @@ class Flex(Kernel):
 
         return beside_registers if registers else of_tokens
 
-    def score_mod(self, start: int) -> ScoreMod | None:
+    def score_mod(self, start: int, recalled: int) -> ScoreMod | None:
         """Cap and bias for a score and index tensors (row, head, query, key); None where scores stay as they are."""
         score, bias, registers = self.scoring.score, self.scoring.bias, self.scoring.registers
 
@@ -110,7 +111,9 @@ class Flex(Kernel):
             return score.capped(value)
 
         def biased(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return score.capped(value) + bias.element(head, q + start, k)
+            return score.capped(value) + bias.element(
+                head, key_positions(q + start, recalled), key_positions(k, recalled)
+            )
 
         def biased_beside_registers(value: Tensor, row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             return torch.where(k < registers, score.capped(value), biased(value, row, head, q, k - registers))
