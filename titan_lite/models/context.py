@@ -106,6 +106,9 @@ class TrainingFacts(NamedTuple):
     outside training, where nothing is counted either."""
     iterations: Iterations | None = None
     """For a recurrent stack; None = as often as outside training."""
+    ahead: tuple[float, ...] = ()
+    """Where tokens behind the next one are predicted too: what a summed loss of the token k + 1 behind the next one is
+    multiplied by where that of the next token is by 1. Empty = they are not asked for."""
 
 
 NOT_TRAINING = TrainingFacts()
