@@ -107,8 +107,8 @@ class TrainingFacts(NamedTuple):
     iterations: Iterations | None = None
     """For a recurrent stack; None = as often as outside training."""
     ahead: tuple[float, ...] = ()
-    """Where tokens behind the next one are predicted too: what a summed loss of the token k + 1 behind the next one is
-    multiplied by where that of the next token is by 1. Empty = they are not asked for."""
+    """For the objective: what the summed losses of tokens behind the next one are multiplied by, the nearest first,
+    where that of the next one is by 1. Empty = they are not asked for."""
 
 
 NOT_TRAINING = TrainingFacts()

@@ -34,7 +34,7 @@ from titan_lite.models.layers import (
 from titan_lite.models.linear import DefaultLinear, Linear
 from titan_lite.models.memory import LaneMemory, NoLaneMemory
 from titan_lite.models.module import Module
-from titan_lite.models.mtp import MTP, NoMTP
+from titan_lite.models.mtp import MTP, Further, NoMTP, nothing_further
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
 from titan_lite.models.residual import PreNorm, Residual
@@ -176,15 +176,19 @@ class Transformer(Module):
         facts: TrainingFacts = NOT_TRAINING,
         consume: Consume = all_logits,
         agree: Callable[[int], int] | None = None,
+        further: Further = nothing_further,
     ) -> Tensor:
-        """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks."""
+        """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks.
+
+        `further` makes states that `consume` gets beside those of the next token: the model's `mtp` does.
+        """
         context = self.context(tokens, documents, memory, facts)
         if agree is not None:
             context = context._replace(early_exit=EarlyExit(self._next_logits, agree))
         x = self.embedding(tokens, context)  # (B, T, D)
         streams: Streams = self.stack(x, context)
-        further = self.mtp(x, streams, self.norm, context) if facts.ahead else ()
-        return self.head(self.norm(streams.x), self.embedding, consume, further)
+        states = further(x, streams, self.norm, context)
+        return self.head(self.norm(streams.x), self.embedding, consume, states)
 
     def _next_logits(self, x: Tensor) -> Tensor:
         """Hidden states behind the stack (B, T, D) -> logits (B, V) of the next token."""

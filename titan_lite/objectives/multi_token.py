@@ -43,7 +43,7 @@ class MultiTokenPrediction(LanguageModeling):
             model.mtp.tell(losses, [(of_k != IGNORE).sum() for of_k in further])
             return loss
 
-        return model(tokens, documents, memory, facts, consume=consume)
+        return model(tokens, documents, memory, facts, consume=consume, further=model.mtp)
 
 
 def targets_ahead(targets: Tensor, documents: Tensor, k: int) -> Tensor:

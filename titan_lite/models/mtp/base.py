@@ -13,18 +13,21 @@ from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.models.block import Block, Layer
 from titan_lite.models.context import Context
 from titan_lite.models.module import Module, Total
+from titan_lite.models.mtp.drafts import NO_DRAFTS, Cache, Drafts
 from titan_lite.models.norm import Norm
 from titan_lite.models.stack import Streams
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+    from titan_lite.models.transformer import Transformer
 
 
 class MTP(Module):
     """(embedded tokens (B, T, D), what the stack made, the model's final norm, context) -> D states (B, T, D).
 
-    From the k-th of them, k = 1..depth, the model's own head predicts at position i the token at i + k + 1. Runs in
-    training only. Built as `build(dim=, layer=, norm=)`: the choices of the last layer, and of the norm behind it.
+    From the k-th of them, k = 1..depth, the model's own head predicts at position i the token at i + k + 1. Training
+    asks for them, and decoding that wants `drafts`; nobody else. Built as `build(dim=, layer=, norm=)`: the choices of
+    the last layer, and of the norm behind it.
     """
 
     predictors: nn.ModuleDict
@@ -64,6 +67,12 @@ class MTP(Module):
     def units(self) -> Iterator[nn.Module]:
         """The parts whose parameters are gathered together, in the order of their use."""
         yield from self.predictors.values()
+
+    def drafts(
+        self, model: Transformer, vocab_size: int, prompt: Sequence[int], new_cache: Callable[[], Cache]
+    ) -> Drafts:
+        """What guesses tokens below `vocab_size` behind `prompt`, for `generate`; `new_cache` makes empty memories."""
+        return NO_DRAFTS
 
     def tell(self, losses: Sequence[Tensor], n_targets: Sequence[Tensor]) -> None:
         """Adds up what a micro-batch's summed losses were, and over how many targets, both for each k."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor
 
@@ -11,8 +11,12 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Context
 from titan_lite.models.mtp.base import MTP, layer_context
+from titan_lite.models.mtp.drafts import Cache, Drafts, HeadDrafts
 from titan_lite.models.norm import Norm
 from titan_lite.models.stack import Streams
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
 
 
 class ParallelHeads(MTP):
@@ -45,3 +49,8 @@ class ParallelHeads(MTP):
             x, _ = block(streams.trunk, layer_context(context, k, streams.carry))
             states.append(norm(x))
         return states
+
+    def drafts(
+        self, model: Transformer, vocab_size: int, prompt: Sequence[int], new_cache: Callable[[], Cache]
+    ) -> Drafts:
+        return HeadDrafts(model, vocab_size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,12 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Context
 from titan_lite.models.mtp.base import MTP, layer_context
+from titan_lite.models.mtp.drafts import Cache, Drafts, ModuleDrafts
 from titan_lite.models.norm import Norm
 from titan_lite.models.stack import Streams
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
 
 
 class SequentialModules(MTP):
@@ -47,6 +51,11 @@ class SequentialModules(MTP):
             x, state = predictor(x, embedded.roll(-k, dims=1), layer_context(context, k, streams.carry))
             states.append(state)
         return states
+
+    def drafts(
+        self, model: Transformer, vocab_size: int, prompt: Sequence[int], new_cache: Callable[[], Cache]
+    ) -> Drafts:
+        return ModuleDrafts(model, vocab_size, prompt, new_cache)
 
 
 class Predictor(nn.Module):
