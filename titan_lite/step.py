@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -25,6 +25,7 @@ from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
 from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.objectives.multi_token import MultiTokenPrediction, no_weights_ahead, weights_ahead
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
@@ -55,6 +56,8 @@ class Training:
     """From the targets of the global batch to one token's weight; None where no module asks for it."""
     iterations: Callable[[int], Iterations | None]
     """From the step to how often a recurrent stack iterates; None for other stacks."""
+    ahead: Callable[[Iterable[tuple[Tensor, Tensor]], float], tuple[float, ...]]
+    """From a step's micro-batches and the targets of the global batch to the weights of tokens behind the next one."""
     work: Callable[[Iterations | None], float]
     """From a step's iterations to its FLOPs, in units of those expected on average."""
     memory: LaneMemory
@@ -80,7 +83,7 @@ class StepTensors(NamedTuple):
     """What a step leaves on the device; nothing has waited for it."""
 
     loss: Tensor
-    """What is minimised: mean over the global batch's targets, nats per token."""
+    """What is minimised, without losses that modules add: mean over the global batch's targets, nats per token."""
     grad_norm: Tensor
     """Over all parameters, before clipping."""
     lr: float
@@ -105,6 +108,8 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
     memory = lane_memory(job, model, world.device, precision.param)
     cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
+    objective = MultiTokenPrediction if model.mtp.depth else LanguageModeling
+    weights = job.model.mtp.weights()
     return Training(
         world=world,
         model=model,
@@ -112,11 +117,12 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         optimizer=optimizer,
         schedule=job.lr_scheduler.build(steps=job.training.steps),
         peak_lr=job.optimizer.lr,
-        objective=LanguageModeling(cross_entropy(z_loss=job.training.z_loss)),
+        objective=objective(cross_entropy(z_loss=job.training.z_loss)),
         validation_objective=LanguageModeling(cross_entropy()),
         noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
         token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
         iterations=partial(model.stack.iterations, job.debug.seed),
+        ahead=partial(weights_ahead, weights, world.total) if weights else no_weights_ahead,
         work=cache(partial(relative_flops, model, specs, job.model.memory.keys(job.training.seq_len))),
         memory=memory,
         reading=partial(memory.reading, seq_len=job.training.seq_len),
@@ -139,7 +145,8 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     for group in training.optimizer.param_groups:
         group["lr"] = lr
     model = training.model
-    losses = (partial(remembered_loss, training, batch, n_tokens, index) for batch in batches)
+    ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
+    losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
     norm = clip_grad_norm_(model.parameters(), training.max_norm)
     training.optimizer.step()
@@ -149,22 +156,28 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     return StepTensors(training.world.total_tensor(loss), whole_norm, lr, training.work(training.iterations(index)))
 
 
-def remembered_loss(training: Training, batch: MicroBatch, n_tokens: float, index: int) -> Tensor:
+def remembered_loss(
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...]
+) -> Tensor:
     """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next."""
     memory = training.memory.of(batch.rows)
-    loss = mean_loss(training, batch, n_tokens, index, memory)
+    loss = mean_loss(training, batch, n_tokens, index, memory, ahead)
     if memory is not None:
         memory.advance(batch.documents.to(training.world.device, non_blocking=True))
     return loss
 
 
 def mean_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, memory: Memory | None = None
+    training: Training,
+    batch: MicroBatch,
+    n_tokens: float,
+    index: int,
+    memory: Memory | None = None,
+    ahead: tuple[float, ...] = (),
 ) -> Tensor:
     """This micro-batch's share of the mean over the global batch of step `index`."""
     device = training.world.device
     tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch[:3])
-    facts = TrainingFacts(
-        training.noise(index, batch.rows), training.token_weight(n_tokens), training.iterations(index)
-    )
+    noise, token_weight = training.noise(index, batch.rows), training.token_weight(n_tokens)
+    facts = TrainingFacts(noise, token_weight, training.iterations(index), ahead)
     return training.objective(training.model, tokens, targets, documents, facts, memory) / n_tokens

@@ -28,6 +28,7 @@ def normal_form(model: Transformer.Config) -> Tables:
         "layers": [_layer(layer, model.dim) for layer in model.each_layer()],
         "final_norm": model.last_norm().model_dump(),
         "head": model.head.model_dump(),
+        "mtp": _without(model.mtp.model_dump(), "weight"),
     }
 
 

@@ -100,9 +100,45 @@ RECURRENT: tuple[Rule, ...] = (
     ),
 )
 
+MTP: tuple[Rule, ...] = (
+    Rule(
+        "model.mtp.type",
+        ("modules", "heads"),
+        "needs",
+        "model.memory.type",
+        ("none",),
+        "its layers stand beside the stack's, which are what is remembered",
+    ),
+    Rule(
+        "model.mtp.type",
+        ("modules", "heads"),
+        "excludes",
+        "model.residual.type",
+        ("admin",),
+        "each omega stands for all branches before it in one row of layers",
+    ),
+    Rule(
+        "model.mtp.type",
+        ("modules",),
+        "excludes",
+        "model.residual.type",
+        ("ngpt",),
+        "a hidden state and a token that are joined by a matrix do not have length 1",
+    ),
+    Rule(
+        "model.mtp.type",
+        ("heads",),
+        "excludes",
+        "model.stack.type",
+        ("recurrent",),
+        "they are copies of the last layer, behind which a recurrent stack has a norm of its own",
+    ),
+)
+
 RULES: tuple[Rule, ...] = (
     *NGPT,
     *RECURRENT,
+    *MTP,
     Rule(
         "model.block.type",
         ("parallel",),

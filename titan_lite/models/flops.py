@@ -26,6 +26,8 @@ def training_flops_per_token(
     for unit, executions in several.items():
         runs |= dict.fromkeys((*unit.parameters(), *unit.modules()), _passes(executions))
     once = _passes(Executions(1, 1))
+    ends = [*model.head.parameters(), *([model.embedding.get_parameter("weight")] if model.tied else [])]
+    runs |= dict.fromkeys(ends, once * (1 + model.mtp.depth))
     # Rows of an embedding (fan_in 1) are looked up: no product, but where a tied head makes it one.
     matrices = {n for n, s in specs.items() if s.role in MATRIX_ROLES or (s.role == "embed" and s.fan_in > 1)}
     if model.tied:

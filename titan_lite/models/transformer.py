@@ -34,10 +34,11 @@ from titan_lite.models.layers import (
 from titan_lite.models.linear import DefaultLinear, Linear
 from titan_lite.models.memory import LaneMemory, NoLaneMemory
 from titan_lite.models.module import Module
+from titan_lite.models.mtp import MTP, Further, NoMTP, nothing_further
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
 from titan_lite.models.residual import PreNorm, Residual
-from titan_lite.models.stack import PlainStack, Stack
+from titan_lite.models.stack import PlainStack, Stack, Streams
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -88,6 +89,8 @@ class Transformer(Module):
         layer, arrays replace, and another `type` replaces its table."""
         head: Head.Config = LMHead.Config()
         """From hidden states to logits."""
+        mtp: MTP.Config = NoMTP.Config()
+        """What predicts tokens behind the next one, in training."""
         init: Init.Config = TruncatedNormal.Config()
         """Distribution of the initial weights."""
         param_dtype: ParamDtype = ParamDtype()
@@ -125,6 +128,7 @@ class Transformer(Module):
             for key in (*names, "converters", "print_after_conversion", "param_dtype"):
                 del tables[key]
             tables["stack"].pop("exit", None)
+            tables["mtp"].pop("weight", None)
             tables["layers"] = resolved_layers(self, "json", without=_NOT_THE_MODEL)
             return tables
 
@@ -140,6 +144,12 @@ class Transformer(Module):
             normalised = self.stack.normalises_stream or self.each_layer()[-1].residual.normalises_stream
             return NoNorm.Config() if normalised else self.norm
 
+        def norm_behind_last_layer(self) -> Norm.Config:
+            """The norm that would stand between a layer like the last one and the head."""
+            if self.final_norm is not None and not self.stack.normalises_stream:
+                return self.final_norm
+            return NoNorm.Config() if self.each_layer()[-1].residual.normalises_stream else self.norm
+
         def depth(self) -> int:
             """Executed layers, on average."""
             return self.stack.depth(self.n_layers)
@@ -150,6 +160,8 @@ class Transformer(Module):
         self.embedding = config.embedding.build(vocab_size=vocab_size, dim=config.dim, linear=config.linear)
         self.stack = config.stack.build(dim=config.dim, layers=config.each_layer())
         self.norm = config.last_norm().build(dim=config.dim)
+        last: Layer = config.each_layer()[-1]
+        self.mtp: MTP = config.mtp.build(dim=config.dim, layer=last, norm=config.norm_behind_last_layer())
         sizes = {"dim": config.dim, "vocab_size": vocab_size, "linear": config.linear}
         self.head = config.head.build(**sizes, embedding=self.embedding)
         self.tied = config.head.tied
@@ -165,15 +177,20 @@ class Transformer(Module):
         facts: TrainingFacts = NOT_TRAINING,
         consume: Consume = all_logits,
         agree: Callable[[int], int] | None = None,
+        further: Further = nothing_further,
     ) -> Tensor:
-        """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks."""
+        """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks.
+
+        `further` makes states that `consume` gets beside those of the next token: the model's `mtp` does.
+        """
         context = self.context(tokens, documents, memory, facts)
         if agree is not None:
             context = context._replace(early_exit=EarlyExit(self._next_logits, agree))
         x = self.embedding(tokens, context)  # (B, T, D)
-        x = self.stack(x, context)
-        context.memory.see(x)
-        return self.head(self.norm(x), self.embedding, consume)
+        streams: Streams = self.stack(x, context)
+        context.memory.see(streams.x)
+        states = further(x, streams, self.norm, context)
+        return self.head(self.norm(streams.x), self.embedding, consume, states)
 
     def _next_logits(self, x: Tensor) -> Tensor:
         """Hidden states behind the stack (B, T, D) -> logits (B, V) of the next token."""
@@ -204,6 +221,16 @@ class Transformer(Module):
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 
+    def blocks(self) -> dict[str, nn.Module]:
+        """All distinct blocks by their paths: what is checkpointed and compiled."""
+        of_stack = {f"stack.blocks.{number}": block for number, block in self.stack.blocks.items()}
+        return of_stack | {f"mtp.{path}": block for path, block in self.mtp.blocks().items()}
+
+    def executed(self) -> list[str]:
+        """The paths of blocks in the order in which a training forward runs them."""
+        of_stack = [f"stack.blocks.{number}" for number in self.stack.executed]
+        return of_stack + [f"mtp.{path}" for path in self.mtp.blocks()]
+
     def shard_units(self) -> Iterator[nn.Module]:
         """What is gathered together, in the order of the forward; other parameters belong to the model itself.
 
@@ -212,6 +239,7 @@ class Transformer(Module):
         if not self.tied:
             yield self.embedding
         yield from self.stack.units()
+        yield from self.mtp.units()
         if not self.tied:
             yield self.head
 

@@ -33,11 +33,11 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
         return
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
-        chosen = set(model.stack.executed[every - 1 :: every])
+        chosen = set(model.executed()[every - 1 :: every])
     else:
-        chosen = set(model.stack.executed)
-    for index, block in model.stack.blocks.items():
-        if int(index) not in chosen:
+        chosen = set(model.executed())
+    for path, block in model.blocks().items():
+        if path not in chosen:
             continue
         keywords: dict[str, Any] = {
             "use_reentrant": False,
@@ -48,7 +48,7 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
         }
         if config.mode == "selective" and config.selective_ac_option == "op":
             patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
-            shapes = _weight_shapes(f"stack.blocks.{index}", block, patterns)
+            shapes = _weight_shapes(path, block, patterns)
             shapes |= _weight_shapes("stack.shared", getattr(model.stack, "shared", nn.Module()), patterns)
             keywords["context_fn"] = partial(_per_op_contexts, shapes)
         block.forward = _checkpointed(block.forward, keywords)

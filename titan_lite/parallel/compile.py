@@ -19,8 +19,8 @@ def compile_blocks(model: Transformer, config: Compile) -> None:
     if config.enable and "model" in config.components:
         # All blocks share one cache, and torch gives up on the ninth graph: layers may all be different.
         limit = torch._dynamo.config.recompile_limit
-        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(model.stack.blocks))
-        for block in model.stack.blocks.values():
+        torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(model.blocks()))
+        for block in model.blocks().values():
             block.compile(backend=config.backend, fullgraph=True)
 
 

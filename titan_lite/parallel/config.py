@@ -152,7 +152,8 @@ class ActivationCheckpoint(ConfigBase):
                 yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-        every, layers = self.selective_ac_option, len(job.model.stack.executed(job.model.n_layers))
+        layers = len(job.model.stack.executed(job.model.n_layers)) + len(job.model.mtp.weights())
+        every = self.selective_ac_option
         if self.mode == "selective" and every != "op" and int(every) > layers:
             yield f"activation_checkpoint.selective_ac_option = {every} checkpoints none of the model's {layers} layers"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -17,8 +17,12 @@ from titan_lite.models.linear import Linear
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
 
-Consume = Callable[[Tensor, Output], Tensor]
-"""What becomes of the hidden states (B, T, D), given how logits come from them: the logits, or a loss."""
+Consume = Callable[..., Tensor]
+"""What becomes of the hidden states (B, T, D), given how logits come from them: the logits, or a loss.
+
+Called as `consume(x, output, *further)`; from further states (B, T, D), if any were asked for, the same output makes
+logits of tokens behind the next one.
+"""
 
 
 def all_logits(x: Tensor, output: Output) -> Tensor:
@@ -27,7 +31,7 @@ def all_logits(x: Tensor, output: Output) -> Tensor:
 
 
 class Head(Module):
-    """(hidden states (B, T, D), embedding, consume) -> whatever `consume` makes of them.
+    """(hidden states (B, T, D), embedding, consume, further states) -> whatever `consume` makes of them.
 
     The loss runs inside the head's forward: a sharded head is gathered once, and logits need never exist as a whole.
     Built as `build(dim=, vocab_size=, linear=, embedding=)`; the embedding is that of the model, not the head's own.
@@ -72,8 +76,8 @@ class LMHead(Head):
         plus = () if bias is None else (Link(PLUS, bias),)
         return (*plus, *self.logit_scale.links(), *self.logit_cap.links())
 
-    def forward(self, x: Tensor, embedding: Embedding, consume: Consume) -> Tensor:
-        return consume(x, Output(self.output.weight, self.links(self.output.bias)))
+    def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
+        return consume(x, Output(self.output.weight, self.links(self.output.bias)), *further)
 
 
 class TiedLMHead(LMHead):
@@ -88,8 +92,8 @@ class TiedLMHead(LMHead):
         self.narrow = embedding.make_narrowing(linear)
         self.bias = nn.Parameter(torch.empty(vocab_size)) if config.bias else None
 
-    def forward(self, x: Tensor, embedding: Embedding, consume: Consume) -> Tensor:
-        return consume(self.narrow(x), Output(embedding.weight, self.links(self.bias)))
+    def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
+        return consume(self.narrow(x), Output(embedding.weight, self.links(self.bias)), *map(self.narrow, further))
 
     def param_specs(self) -> dict[str, Spec]:
         return {} if self.bias is None else {"bias": Spec("bias", 1, self.bias.numel(), 0.0)}

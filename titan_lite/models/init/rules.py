@@ -66,7 +66,8 @@ def _dead_zeros(job: Job, config: Distribution.Config, specs: Mapping[str, Spec]
         scale = variant.layer.residual.scale
         if not (isinstance(scale, ReZero.Config) and scale.init == 0):
             continue
-        blocks = tuple(f"stack.blocks.{number}." for number in variant.numbers)
+        last = job.model.n_layers - 1
+        blocks = (*(f"stack.blocks.{number}." for number in variant.numbers), *(["mtp."] * (last in variant.numbers)))
         other = f"{variant.key('residual')}.scale.type"
         why = f'does not go with {other} = "rezero" with init 0: each stops the other\'s gradient'
         allowed = "another init for the matrices that write into the residual stream, or a scale.init other than 0"

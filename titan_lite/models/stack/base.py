@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.models.block import Layer
@@ -21,8 +21,19 @@ class Executions(NamedTuple):
     """How many of these backward goes through."""
 
 
+class Streams(NamedTuple):
+    """What a stack made."""
+
+    x: Tensor
+    """(B, T, D), behind all layers."""
+    trunk: Tensor
+    """(B, T, D), before the last of them, or behind a core that is iterated."""
+    carry: dict[str, Tensor]
+    """What layers left for later ones."""
+
+
 class Stack(Module):
-    """(B, T, D), context -> (B, T, D) through all executed layers. Built as `build(dim=, layers=)`.
+    """(B, T, D), context -> `Streams` through all executed layers. Built as `build(dim=, layers=)`.
 
     Whatever is kept for each layer (memory, dropout's noise) is counted by executions; parameters belong to blocks.
     """

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Context
-from titan_lite.models.stack.base import Stack
+from titan_lite.models.stack.base import Stack, Streams
 
 
 class PlainStack(Stack):
@@ -22,9 +22,10 @@ class PlainStack(Stack):
         super().__init__(config, layers)
         self.blocks = nn.ModuleDict({str(i): layer.block.build(dim=dim, layer=layer) for i, layer in enumerate(layers)})
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Streams:
         carry = context.carry
         for i, block in enumerate(self.blocks.values()):
+            trunk = x
             x, carry = block(x, context.layer(i, carry))
             context.memory.keep(i, carry)
-        return x
+        return Streams(x, trunk, carry)

@@ -17,7 +17,7 @@ from titan_lite.models.block import Block, Layer
 from titan_lite.models.context import Context, Iterations
 from titan_lite.models.layers import SLOTS, Variant, variants
 from titan_lite.models.residual import Admin
-from titan_lite.models.stack.base import Executions, Stack
+from titan_lite.models.stack.base import Executions, Stack, Streams
 from titan_lite.models.stack.matrices import Holder, Run, share
 
 if TYPE_CHECKING:
@@ -106,15 +106,16 @@ class SharingStack(Stack):
             assert isinstance(holder, Holder)
             yield holder
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Streams:
         carry = context.carry
         for index, number in enumerate(self.executed):
             run: Run = self.blocks[str(number)]
             for holder in self.holders(index):
                 run = partial(holder, run)
+            trunk = x
             x, carry = run(x, context.layer(index, carry))
             context.memory.keep(index, carry)
-        return x
+        return Streams(x, trunk, carry)
 
     def units(self) -> Iterator[nn.Module]:
         seen: set[nn.Module] = set()

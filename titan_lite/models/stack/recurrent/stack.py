@@ -13,7 +13,7 @@ from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import Count, PositiveInt
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Context, Iterations
-from titan_lite.models.stack.base import Executions, Stack
+from titan_lite.models.stack.base import Executions, Stack, Streams
 from titan_lite.models.stack.recurrent.adapter import Adapter, Concat, Gate
 from titan_lite.models.stack.recurrent.exit import Exit, FixedExit
 from titan_lite.models.stack.recurrent.sampling import IterationSampling, LogNormalPoisson
@@ -87,7 +87,7 @@ class RecurrentStack(Stack):
         )
         self.exit: Exit = config.exit.build(mean=config.mean_iterations)
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
+    def forward(self, x: Tensor, context: Context) -> Streams:
         e, carry = self._run(self.before, 0, x, context, context.carry)
         state = self.state(e, context)
         if context.iterations is None:
@@ -100,12 +100,12 @@ class RecurrentStack(Stack):
             state, carry = self._iterate(i, state, e, context, carry)
         return self._result(state, context, carry)
 
-    def _infer(self, state: Tensor, e: Tensor, context: Context, carry: Carry) -> Tensor:
+    def _infer(self, state: Tensor, e: Tensor, context: Context, carry: Carry) -> Streams:
         """Iterates as often as the exit wants."""
         stops = self.exit.watch(context.early_exit)
         for i in range(last := self.exit.iterations - 1):
             state, carry = self._iterate(i, state, e, context, carry)
-            if stops(state, partial(self._result, state, context, carry)):
+            if stops(state, partial(self._seen, state, context, carry)):
                 self._fill(i, last, context)
                 return self._result(state, context, carry)
         state, carry = self._iterate(last, state, e, context, carry)
@@ -124,9 +124,13 @@ class RecurrentStack(Stack):
             x, carry = self.blocks[str(number)](x, context.layer(execution, carry))
         return x, carry
 
-    def _result(self, state: Tensor, context: Context, carry: Carry) -> Tensor:
-        x, _ = self._run(self.behind, len(self.before), self.norm(state), context, carry)
-        return self.norm(x)
+    def _result(self, state: Tensor, context: Context, carry: Carry) -> Streams:
+        trunk = self.norm(state)
+        x, carry = self._run(self.behind, len(self.before), trunk, context, carry)
+        return Streams(self.norm(x), trunk, carry)
+
+    def _seen(self, state: Tensor, context: Context, carry: Carry) -> Tensor:
+        return self._result(state, context, carry).x
 
     def _fill(self, i: int, last: int, context: Context) -> None:
         """What tokens that stopped after iteration i leave in memory stands for the iterations they did not run."""
