@@ -27,6 +27,7 @@ from titan_lite.optim.groups import parameter_groups
 from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
 from titan_lite.parallel.compile import loss_compiler
+from titan_lite.parallel.float8 import scale_ahead
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 
@@ -57,6 +58,8 @@ class Training:
     """From a step's iterations to its FLOPs, in units of those expected on average."""
     memory: LaneMemory
     """What rows remember of the steps before."""
+    scale_ahead: Callable[[torch.nn.Module], None]
+    """Computes the scales of weights that are gathered in float8; nothing where there are none."""
     max_norm: float
 
 
@@ -114,6 +117,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         memory=job.model.memory.build(
             layers=job.model.each_layer(), dim=job.model.dim, device=world.device, dtype=precision.param
         ),
+        scale_ahead=scale_ahead(job, world),
         max_norm=job.training.max_norm,
     )
 
@@ -130,6 +134,7 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     training.optimizer.step()
     training.optimizer.zero_grad()
     after_step(model, training.world.total_tensor)
+    training.scale_ahead(model)
     whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return StepTensors(training.world.total_tensor(loss), whole_norm, lr, training.work(training.iterations(index)))
 
