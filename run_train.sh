@@ -4,6 +4,7 @@
 # CONFIG.toml: the first argument, else $CONFIG_FILE, else train_configs/debug.toml.
 # NGPU=2 ./run_train.sh ...     processes on this node (default: the CUDA devices, else 1)
 # NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT     several nodes: start it on each of them
+#                               (or torchrun's PET_... variables; scripts/cluster/ has Slurm, Kubernetes and SkyPilot)
 # LOG_RANK=0,1                  ranks shown on the console (default 0); the others write to <dump_folder>/logs/
 #
 # On a fresh machine it first makes .venv and installs the project there; later runs start at once.

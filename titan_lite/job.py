@@ -17,7 +17,8 @@ from titan_lite.models.transformer import Transformer
 from titan_lite.optim.adamw import AdamW
 from titan_lite.optim.optimizer import Optimizer
 from titan_lite.optim.schedule import LRScheduler
-from titan_lite.parallel.config import ActivationCheckpoint, Compile, Parallelism, Quantize
+from titan_lite.parallel.config import ActivationCheckpoint, Compile, Parallelism
+from titan_lite.parallel.quantize import Quantize
 from titan_lite.run.config import (
     Comm,
     Debug,
@@ -86,9 +87,6 @@ class Job(ConfigBase):
         return self._warnings
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-        if self.model.converters:
-            converters = list(self.model.converters)
-            yield Problem(NOT_AVAILABLE, "model.converters", "float8 and MXFP8 are not available yet", converters, "[]")
         if self.optimizer.early_step_in_backward:
             key = "optimizer.early_step_in_backward"
             yield Problem(NOT_AVAILABLE, key, "is not available yet", True, "false")

@@ -9,6 +9,8 @@ Environment variables describe the machines:
     MASTER_ADDR  and
     MASTER_PORT  (default 29500)
     LOG_RANK     ranks shown on the console, comma-separated (default 0); the others write to <dump_folder>/logs/
+torchrun's own names for them do as well, which clusters set: PET_NPROC_PER_NODE, PET_NNODES, PET_NODE_RANK,
+PET_MASTER_ADDR, PET_MASTER_PORT, and PET_RDZV_ENDPOINT (address:port).
 
 Exit codes: 0 done, 2 bad config or input, 75 stopped on a signal after saving (start it again to go on), 1 all else.
 """
@@ -29,6 +31,13 @@ from titan_lite.relay import SignalRelay, say
 from titan_lite.run.environment import STORE
 
 DEFAULT_PORT = 29500
+_TORCHRUNS_NAMES = {
+    "PET_NPROC_PER_NODE": "NGPU",
+    "PET_NNODES": "NNODES",
+    "PET_NODE_RANK": "NODE_RANK",
+    "PET_MASTER_ADDR": "MASTER_ADDR",
+    "PET_MASTER_PORT": "MASTER_PORT",
+}
 RENDEZVOUS_SECONDS = 900
 """How long a node waits for the others."""
 
@@ -52,6 +61,7 @@ class Cluster:
 
 def read_cluster(environment: Mapping[str, str]) -> Cluster:
     """The cluster that NGPU, NNODES, ... describe. Raises ConfigError naming the variable."""
+    environment = _with_torchruns_names(environment)
     workers = _whole_number(environment, "NGPU", None, 1, 4096)
     if workers is None:
         import torch
@@ -66,6 +76,30 @@ def read_cluster(environment: Mapping[str, str]) -> Cluster:
         raise ConfigError.at("MASTER_ADDR", "is needed with NNODES > 1", allowed="the host name or address of node 0")
     shown = _ranks(environment.get("LOG_RANK", "0"), workers * nodes)
     return Cluster(workers, nodes, node_rank, environment.get("MASTER_ADDR", "localhost"), port, shown)
+
+
+def _with_torchruns_names(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment with torchrun's names for its options read as ours. Two names may not say two things."""
+    found = dict(environment)
+    given = {ours: environment.get(theirs, "") for theirs, ours in _TORCHRUNS_NAMES.items()}
+    if given["NGPU"] in ("auto", "gpu"):
+        given["NGPU"] = ""  # the devices there are, as without it
+    elif given["NGPU"] == "cpu":
+        given["NGPU"] = str(os.cpu_count() or 1)
+    sources = {ours: theirs for theirs, ours in _TORCHRUNS_NAMES.items()}
+    if endpoint := environment.get("PET_RDZV_ENDPOINT", ""):
+        address, _, port = endpoint.rpartition(":")
+        if not address or not port.isdecimal():
+            why = "is not the address of node 0 with a port"
+            raise ConfigError.at("PET_RDZV_ENDPOINT", why, value=endpoint, allowed="address:port")
+        for ours, value in (("MASTER_ADDR", address.strip("[]")), ("MASTER_PORT", port)):
+            if not given[ours]:
+                given[ours], sources[ours] = value, "PET_RDZV_ENDPOINT"
+    for ours, value in given.items():
+        if value and found.setdefault(ours, value) != value:
+            why = f"says something else than {ours} = {found[ours]}"
+            raise ConfigError.at(sources[ours], why, value=value, allowed=f"one of the two, or the same in {ours}")
+    return found
 
 
 def _whole_number(environment: Mapping[str, str], name: str, default: int | None, low: int, high: int) -> int | None:

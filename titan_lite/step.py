@@ -30,6 +30,7 @@ from titan_lite.optim.groups import parameter_groups
 from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
 from titan_lite.parallel.compile import loss_compiler
+from titan_lite.parallel.float8 import scale_ahead
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 
@@ -66,6 +67,8 @@ class Training:
     """From rows of validation (tokens, targets, documents) to the pieces in which they are read."""
     decoding: Callable[[], Decoding | None]
     """What a text that is sampled remembers; None = all of itself."""
+    scale_ahead: Callable[[torch.nn.Module], None]
+    """Computes the scales of weights that are gathered in float8; nothing where there are none."""
     max_norm: float
 
 
@@ -127,6 +130,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         memory=memory,
         reading=partial(memory.reading, seq_len=job.training.seq_len),
         decoding=partial(memory.decoding, job.training.seq_len),
+        scale_ahead=scale_ahead(job, world),
         max_norm=job.training.max_norm,
     )
 
@@ -152,6 +156,7 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     training.optimizer.step()
     training.optimizer.zero_grad()
     after_step(model, training.world.total_tensor)
+    training.scale_ahead(model)
     whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return StepTensors(training.world.total_tensor(loss), whole_norm, lr, training.work(training.iterations(index)))
 

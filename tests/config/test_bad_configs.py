@@ -120,7 +120,8 @@ CASES: dict[str, tuple[str, Found]] = {
         [("E011", 2, "parallelism.tensor_parallel_degree")],
     ),
     "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E011", 2, "activation_checkpoint.mode")]),
-    "converters": ('[model]\nconverters = ["quantize.linear.float8"]', [("E011", 2, "model.converters")]),
+    "converters": ('[model]\nconverters = ["quantize.grouped_mm.float8"]', [("E011", 2, "model.converters")]),
+    "converter": ('[model]\nconverters = ["float9"]', [("E003", 2, "model.converters")]),
     "step in backward": (
         "[optimizer]\nearly_step_in_backward = true",
         [("E011", 2, "optimizer.early_step_in_backward")],

@@ -52,6 +52,41 @@ def test_a_bad_variable_is_named(variables: dict[str, str], named: str) -> None:
     assert problem.allowed
 
 
+TORCHRUN = {"PET_NNODES": "4", "PET_NODE_RANK": "3", "PET_MASTER_ADDR": "head", "PET_MASTER_PORT": "1234"}
+
+
+def test_torchruns_own_names_do_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Kubeflow Trainer sets them."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    for workers in ({}, {"PET_NPROC_PER_NODE": "auto"}, {"PET_NPROC_PER_NODE": "gpu"}, {"PET_NPROC_PER_NODE": "8"}):
+        assert read_cluster(TORCHRUN | workers) == Cluster(8, 4, 3, "head", 1234)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert read_cluster(TORCHRUN | {"PET_NPROC_PER_NODE": "cpu", "NNODES": "4"}) == Cluster(2, 4, 3, "head", 1234)
+    endpoint = {"PET_NNODES": "4", "PET_NODE_RANK": "3", "PET_RDZV_ENDPOINT": "[fe80::1]:1234"}
+    assert read_cluster(endpoint) == Cluster(8, 4, 3, "fe80::1", 1234)
+    assert read_cluster({"NODE_RANK": "0", "PET_NNODES": "1"}) == Cluster(8)
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"NNODES": "2"}, "PET_NNODES"),
+        ({"MASTER_PORT": "1235"}, "PET_MASTER_PORT"),
+        ({"PET_MASTER_PORT": "", "MASTER_PORT": "1", "PET_RDZV_ENDPOINT": "head:1234"}, "PET_RDZV_ENDPOINT"),
+        ({"PET_RDZV_ENDPOINT": "head"}, "PET_RDZV_ENDPOINT"),
+        ({"PET_NPROC_PER_NODE": "many"}, "NGPU"),
+        ({"PET_NODE_RANK": "4"}, "NODE_RANK"),
+    ],
+)
+def test_a_bad_variable_of_torchrun_is_named(variables: dict[str, str], named: str) -> None:
+    workers = {} if "PET_NPROC_PER_NODE" in variables else {"NGPU": "1"}
+    with pytest.raises(ConfigError) as caught:
+        read_cluster(TORCHRUN | workers | variables)
+    (problem,) = caught.value.problems
+    assert problem.key == named
+    assert problem.allowed
+
+
 def test_workers_share_the_cores_and_stay_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
     env = worker_environment({"PATH": "/bin"}, Cluster(3))

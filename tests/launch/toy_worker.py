@@ -60,6 +60,19 @@ def process_group(folder: Path) -> None:
     dist.destroy_process_group()
 
 
+def reduce(folder: Path) -> None:
+    """Joins the group and sums with the others, step after step, as long as all of them are there."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    dist.all_reduce(torch.ones(1))
+    ready(folder)
+    while True:
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.01)
+
+
 def environment(folder: Path) -> None:
     """Shows on stdout what the launcher has set."""
     for name in (
@@ -84,7 +97,7 @@ def main(folder: Path, behaviour: str, *arguments: str) -> int | None:
         time.sleep(1000)
     if behaviour == "exit":
         return exit_with(*arguments)
-    return {"process_group": process_group, "environment": environment}[behaviour](folder)
+    return {"process_group": process_group, "reduce": reduce, "environment": environment}[behaviour](folder)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # The dtype codes of the safetensors format, used in the shards' headers and in metadata.json.
 DTYPE_CODES: dict[torch.dtype, str] = {
@@ -47,8 +48,17 @@ def shards_of(tensors: Mapping[str, Tensor]) -> dict[str, Shard]:
             shards[name] = Shard(tensor.detach(), tuple(tensor.shape), (0,) * tensor.dim())
         elif tensor.device_mesh.get_coordinate() is not None:
             (chunk,) = tensor.__create_chunk_list__()
-            shards[name] = Shard(tensor.to_local().detach(), tuple(tensor.shape), tuple(chunk.offsets))
+            shards[name] = Shard(_values(tensor.to_local()).detach(), tuple(tensor.shape), tuple(chunk.offsets))
     return shards
+
+
+def _values(local: Tensor) -> Tensor:
+    """The values of a shard, which may stand in a tensor that says how it is gathered, such as in float8."""
+    if not is_traceable_wrapper_subclass(local):
+        return local
+    names, _ = local.__tensor_flatten__()
+    values: Tensor = getattr(local, names[0])
+    return values
 
 
 def nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

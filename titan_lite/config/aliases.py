@@ -68,6 +68,7 @@ _TORCHTITAN_MODULES: Final = {
     "tok_embeddings": "embedding",
     "layers": "stack.blocks",
     "feed_forward": "ffn",
+    "moe": "ffn",
     "wq": "q",
     "wk": "k",
     "wv": "v",
@@ -180,4 +181,5 @@ def _our_names(value: Any) -> Any:
 
 def our_name(fqn: str) -> str:
     """A module's name in torchtitan -> its name here: "layers.3.attention.wq" -> "stack.blocks.3.attention.q"."""
-    return ".".join(_TORCHTITAN_MODULES.get(part, part) for part in fqn.split("."))
+    parts = f".{fqn}.".replace(".router.gate.", ".router.").strip(".").split(".")
+    return ".".join(_TORCHTITAN_MODULES.get(part, part) for part in parts)

@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage."""
+"""The one order in which a model is changed, in place: float8, activation checkpointing, compile, FSDP, storage."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing
 from titan_lite.parallel.compile import compile_blocks
+from titan_lite.parallel.float8 import convert_linears
 from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
+    convert_linears(model, job, world)
     apply_activation_checkpointing(model, job.activation_checkpoint)
     compile_blocks(model, job.compile)
     offload = job.training.enable_cpu_offload

@@ -1,4 +1,4 @@
-"""Sections about how the model is laid out and computed: [parallelism] [activation_checkpoint] [compile] [quantize]."""
+"""Sections about how the model is laid out and computed: [parallelism] [activation_checkpoint] [compile]."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ class ActivationCheckpoint(ConfigBase):
     """none; full = every block; selective = see selective_ac_option; memory_budget = the compiler chooses."""
     selective_ac_option: Annotated[str, AfterValidator(_op_or_every_nth)] = "2"
     """With mode selective: "n" = every n-th block; "op" = keep matrix products and attention, recompute the rest."""
-    per_op_sac_force_recompute_mm_shapes_by_fqns: Strings = ("moe.router.gate",)
+    per_op_sac_force_recompute_mm_shapes_by_fqns: Strings = ("ffn.router",)
     """With "op": linear layers whose product is recomputed all the same."""
     early_stop: bool = False
     """Stop recomputing as soon as everything that backward needs is there."""
@@ -176,72 +176,3 @@ class Compile(ConfigBase):
         known = list_backends(exclude_tags=())
         if self.backend not in known:
             yield Problem(NOT_ALLOWED, ".backend", "torch.compile has no such backend", self.backend, ", ".join(known))
-
-
-class Float8Linear(ConfigBase):
-    """[quantize.linear.float8]: linear layers computed in float8 (torchao)."""
-
-    enable_fsdp_float8_all_gather: bool = False
-    """Gather the weights in float8."""
-    precompute_float8_dynamic_scale_for_fsdp: bool = False
-    """Compute all scales at once after the optimizer step."""
-    recipe_name: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
-    """Granularity of the scales."""
-    filter_fqns: Strings = ()
-    """Names of modules that stay as they are; "auto_filter_small_kn" = those too small to profit."""
-    emulate: bool = False
-    """Compute in high precision with float8 rounding."""
-
-
-class Float8GroupedMM(ConfigBase):
-    """[quantize.grouped_mm.float8]: experts computed in float8."""
-
-    fqns: Strings = ()
-    """Names of the modules."""
-
-
-class MXLinear(ConfigBase):
-    """[quantize.linear.mx]: linear layers computed in MXFP8."""
-
-    mxfp8_dim1_cast_kernel_choice: Literal["triton", "cuda", "torch"] = "triton"
-    """Kernel of the column-wise cast."""
-    recipe_name: str = "mxfp8_cublas"
-    """Recipe of torchao."""
-    filter_fqns: Strings = ("head",)
-    """Names of modules that stay as they are."""
-
-
-class MXGroupedMM(ConfigBase):
-    """[quantize.grouped_mm.mx]: experts computed in MXFP8."""
-
-    recipe_name: str = "mxfp8"
-    """Recipe of torchao."""
-    fqns: Strings = ()
-    """Names of the modules."""
-
-
-class QuantizeLinear(ConfigBase):
-    """[quantize.linear]."""
-
-    float8: Float8Linear = Float8Linear()
-    """Linear layers in float8."""
-    mx: MXLinear = MXLinear()
-    """Linear layers in MXFP8."""
-
-
-class QuantizeGroupedMM(ConfigBase):
-    """[quantize.grouped_mm]."""
-
-    float8: Float8GroupedMM = Float8GroupedMM()
-    """Experts in float8."""
-    mx: MXGroupedMM = MXGroupedMM()
-    """Experts in MXFP8."""
-
-
-class Quantize(ConfigBase):
-    """[quantize]: settings of the converters that model.converters switches on; idle otherwise."""
-
-    linear: QuantizeLinear = QuantizeLinear()
-    """Linear layers."""
-    grouped_mm: QuantizeGroupedMM = QuantizeGroupedMM()
-    """Experts."""
