@@ -97,7 +97,13 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         model.embedding.warm_start()
         after_step(model, world.total_tensor)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
-    cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
+    cross_entropy = partial(
+        CrossEntropy,
+        job.training.loss_chunk_tokens,
+        loss_compiler(job.compile),
+        ranks=model.ranks,
+        gather=job.parallelism.disable_loss_parallel,
+    )
     return Training(
         world=world,
         model=model,

@@ -117,6 +117,8 @@ class Context(NamedTuple):
 
     positions: Tensor
     """(T,) position of each query token; keys are counted from 0 up to the last query."""
+    own_positions: Tensor
+    """Those of the tokens in this rank's part of the residual stream; without tensor parallelism, `positions`."""
     documents: Tensor | None
     """(B, T) document number of each token, or None where the rows are not packed."""
     memory: Any

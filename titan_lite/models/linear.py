@@ -65,11 +65,14 @@ def to_unit_length(weight: Tensor, dim: int) -> None:
     Lengths are computed in float32. A vector of zeros stays one.
     """
     # Half a second to import, and checking a config reads this file too.
-    from torch.distributed.tensor import DTensor, Replicate
+    from torch.distributed.tensor import DTensor
 
-    length = torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32)
-    if isinstance(weight, DTensor) and isinstance(length, DTensor):
-        # Vectors cut by the layout have partial lengths, summed up here; the others are whole where they are.
-        whole = [Replicate() if place.is_partial() else place for place in length.placements]
-        weight, length = weight.to_local(), length.redistribute(placements=whole).to_local()
-    weight.div_(length.clamp(min=1e-12))
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    length = torch.linalg.vector_norm(local, dim=dim, keepdim=True, dtype=torch.float32)
+    if isinstance(weight, DTensor):
+        for axis, place in enumerate(weight.placements):
+            if place.is_shard(dim):  # this axis of the mesh cuts the vectors, so their squares are added up
+                length = length.square_()
+                torch.distributed.all_reduce(length, group=weight.device_mesh.get_group(axis))
+                length = length.sqrt_()
+    local.div_(length.clamp(min=1e-12))

@@ -190,6 +190,7 @@ class Transformer(Module):
         positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
         context = Context(
             positions,
+            self.ranks.own(positions, self.training),
             documents,
             memory,
             facts.noise,

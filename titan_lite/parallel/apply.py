@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: activation checkpointing, compile, FSDP, storage."""
+"""The one order in which a model is changed, in place: tensor parallel, checkpointing, compile, FSDP, storage."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from titan_lite.parallel.activation import apply_activation_checkpointing
 from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
 from titan_lite.parallel.precision import Precision
+from titan_lite.parallel.tensor import apply_tensor_parallel
 from titan_lite.parallel.world import World
 
 if TYPE_CHECKING:
@@ -19,12 +20,15 @@ if TYPE_CHECKING:
 
 def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
+    existing = [mesh for mesh in (world.mesh, world.second_mesh) if mesh is not None]
+    if world.tp_size > 1:
+        axes = {dtype: mesh["tp"] for dtype, mesh in zip(precision.masters, existing, strict=True)}
+        apply_tensor_parallel(model, axes[precision.master], axes)
     apply_activation_checkpointing(model, job.activation_checkpoint)
     compile_blocks(model, job.compile)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward
-        existing = [sharding_mesh(mesh) for mesh in (world.mesh, world.second_mesh) if mesh is not None]
-        meshes = dict(zip(precision.masters, existing, strict=True))
+        meshes = dict(zip(precision.masters, map(sharding_mesh, existing), strict=True))
         apply_fsdp(model, meshes, precision.param, precision.reduce, reshard, offload)
     model.to_empty(device=torch.device("cpu") if offload else world.device)

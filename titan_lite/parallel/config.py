@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from titan_lite.job import Job
 
 _NOT_YET = (
-    "tensor_parallel_degree",
     "pipeline_parallel_degree",
     "context_parallel_degree",
     "expert_parallel_degree",

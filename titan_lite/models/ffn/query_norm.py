@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat, Probability
 from titan_lite.models.context import Context
-from titan_lite.models.module import Module, Total
+from titan_lite.models.module import OnTokens, Total
 from titan_lite.models.spec import Spec
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
 
-class QueryNorm(Module):
+class QueryNorm(OnTokens):
     """(..., H, Dk) -> (..., H, Dk)."""
 
     class Config(SlotConfig):

@@ -14,6 +14,7 @@ from titan_lite.models.head.logit_cap import LogitCap, NoLogitCap
 from titan_lite.models.head.logit_scale import LogitScale, NoLogitScale
 from titan_lite.models.head.output import Link, LogitFunction, Output
 from titan_lite.models.linear import Linear
+from titan_lite.parallel.plan import COL, GATHER, SEQ, Plan
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
 
@@ -72,8 +73,11 @@ class LMHead(Head):
         plus = () if bias is None else (Link(PLUS, bias),)
         return (*plus, *self.logit_scale.links(), *self.logit_cap.links())
 
+    def tp_plan(self) -> Plan:
+        return {"": GATHER, "output": COL, "logit_scale": COL}
+
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume) -> Tensor:
-        return consume(x, Output(self.output.weight, self.links(self.output.bias)))
+        return consume(x, Output(self.output.weight, self.links(self.output.bias), self.ranks))
 
 
 class TiedLMHead(LMHead):
@@ -88,8 +92,11 @@ class TiedLMHead(LMHead):
         self.narrow = embedding.make_narrowing(linear)
         self.bias = nn.Parameter(torch.empty(vocab_size)) if config.bias else None
 
+    def tp_plan(self) -> Plan:
+        return {"": GATHER, "narrow": SEQ, "bias": COL, "logit_scale": COL}
+
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume) -> Tensor:
-        return consume(self.narrow(x), Output(embedding.weight, self.links(self.bias)))
+        return consume(self.narrow(x), Output(embedding.weight, self.links(self.bias), self.ranks))
 
     def param_specs(self) -> dict[str, Spec]:
         return {} if self.bias is None else {"bias": Spec("bias", 1, self.bias.numel(), 0.0)}
