@@ -118,7 +118,11 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         iterations=partial(model.stack.iterations, job.debug.seed),
         work=cache(partial(relative_flops, model, specs, job.model.memory.span(job.training.seq_len))),
         memory=job.model.memory.build(
-            layers=job.model.each_layer(), dim=job.model.dim, device=world.device, dtype=precision.param
+            layers=job.model.each_layer(),
+            dim=job.model.dim,
+            device=world.device,
+            dtype=precision.param,
+            ranks=model.ranks,
         ),
         max_norm=job.training.max_norm,
     )

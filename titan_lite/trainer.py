@@ -177,7 +177,7 @@ class Trainer:
         model, optimizer = self.training.model, self.training.optimizer
         if remembered is None:
             remembered = self.training.memory.state(self._rows(self.progress.global_batch_size))
-        memory = memory_tensors(remembered, self.world.dp_mesh)
+        memory = memory_tensors(self.training.memory, remembered, self.world.mesh)
         return model_tensors(model) | optimizer_tensors(model, optimizer) | memory
 
     def _resume(self, start: Start) -> str:

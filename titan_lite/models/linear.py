@@ -71,7 +71,9 @@ def to_unit_length(weight: Tensor, dim: int) -> None:
     length = torch.linalg.vector_norm(local, dim=dim, keepdim=True, dtype=torch.float32)
     if isinstance(weight, DTensor):
         for axis, place in enumerate(weight.placements):
-            if place.is_shard(dim):  # this axis of the mesh cuts the vectors, so their squares are added up
+            # Where an axis of the mesh cuts the vectors, their squares are added up. (FSDP's shard of a shard says no to
+            # `is_shard`, but has a `dim` too.)
+            if getattr(place, "dim", None) == dim:
                 length = length.square_()
                 torch.distributed.all_reduce(length, group=weight.device_mesh.get_group(axis))
                 length = length.sqrt_()

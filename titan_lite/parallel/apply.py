@@ -11,7 +11,7 @@ from titan_lite.parallel.activation import apply_activation_checkpointing
 from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
 from titan_lite.parallel.precision import Precision
-from titan_lite.parallel.tensor import apply_tensor_parallel
+from titan_lite.parallel.tensor import apply_tensor_parallel, overlap
 from titan_lite.parallel.world import World
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     if world.tp_size > 1:
         axes = {dtype: mesh["tp"] for dtype, mesh in zip(precision.masters, existing, strict=True)}
         apply_tensor_parallel(model, axes[precision.master], axes)
+        if job.parallelism.enable_async_tensor_parallel:
+            overlap(axes[precision.master])
     apply_activation_checkpointing(model, job.activation_checkpoint)
     compile_blocks(model, job.compile)
     offload = job.training.enable_cpu_offload

@@ -137,7 +137,7 @@ def styles(model: nn.Module) -> dict[nn.Module, dict[str, Style]]:
                 child = getattr(child, "owner", child)
                 claimed.update(child.modules())
                 _claim(found, child, style)
-            elif name == "" or module._parameters[name] is not None:
+            elif name == "" or getattr(module, name) is not None:
                 _note(found, module, name, style)
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -194,6 +194,17 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[to
         getattr(module, "split", _nothing)(ranks)
     left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
     assert not left, f"these have been left out: {left}"
+
+
+def overlap(mesh: DeviceMesh) -> None:
+    """Lets the compiler cut the ranks' collectives, and the products beside them, into pieces that run side by side.
+
+    Source: torch's asynchronous tensor parallelism (inductor's micro-pipeline pass over symmetric memory).
+    """
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    torch._inductor.config._micro_pipeline_tp = True
+    enable_symm_mem_for_group(mesh.get_group().group_name)
 
 
 def _nothing(ranks: Ranks) -> None:

@@ -137,11 +137,6 @@ class World:
         return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
 
     @property
-    def dp_mesh(self) -> DeviceMesh | None:
-        """The axes over which rows are spread."""
-        return None if self.mesh is None else self.mesh["dp_replicate", "dp_shard"]
-
-    @property
     def tp_size(self) -> int:
         """Ranks that work on the same rows, neighbours in the order of ranks."""
         return self.axes.get("tp", 1)

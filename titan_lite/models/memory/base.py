@@ -11,13 +11,14 @@ from torch import Tensor
 from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Memory
+from titan_lite.models.ranks import Ranks
 
 
 class LaneMemory(Component):
     """What the rows of a step's global batch know of the steps before: each goes on where it ended, a lane of the data.
 
-    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=)`, with the choices of
-    each executed layer and the dtype of activations.
+    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, ranks=)`, with the
+    choices of each executed layer, the dtype of activations and the ranks that share the model.
     """
 
     class Config(SlotConfig):
@@ -39,6 +40,11 @@ class LaneMemory(Component):
         """All there is of this rank's `rows`, by name, (len(rows), ...) each."""
         return {}
 
+    def split_dim(self, name: str) -> int | None:
+        """The dimension of a tensor of the state of which each of the ranks that share the model has a part; None where
+        all of them have the same."""
+        return None
+
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
 
@@ -57,5 +63,7 @@ class NoLaneMemory(LaneMemory):
     class Config(LaneMemory.Config):
         type: Literal["none"] = "none"
 
-    def __init__(self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype, ranks: Ranks
+    ):
         pass

@@ -9,11 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.attention import GroupedAttention
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Projects
 from titan_lite.models.memory.base import LaneMemory, SlotMemory
+from titan_lite.models.ranks import Ranks
+from titan_lite.parallel.plan import DEGREE, degree, divisors
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -134,9 +137,23 @@ class XL(LaneMemory):
                     f"tokens see less than the {span} that model.memory.length + training.seq_len make in training"
                 )
 
-    def __init__(self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype):
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if self.recompute_kv or degree(job) == 1:
+                return
+            for attention in {layer.attention for layer in job.model.each_layer()}:
+                assert isinstance(attention, GroupedAttention.Config)
+                groups, _ = attention.value_shape(job.model.dim)
+                if groups % degree(job):
+                    why = f"remembers keys in equal parts on each rank, and {DEGREE} = {degree(job)} does not divide "
+                    why += f"model.attention.n_kv_heads = {groups}"
+                    allowed = f"model.memory.recompute_kv = true, or {DEGREE} = {divisors(groups)}"
+                    yield Problem(CROSS_FIELD, ".type", why, self.type, allowed)
+
+    def __init__(
+        self, config: Config, layers: list[Layer], dim: int, device: torch.device, dtype: torch.dtype, ranks: Ranks
+    ):
         self.config, self.device, self.dtype = config, device, dtype
-        self.shapes = [_shapes(config, layer.attention, dim) for layer in layers]
+        self.shapes = [_shapes(config, layer.attention, dim, ranks) for layer in layers]
         self.slots: dict[int, XLMemory] = {}
         self.saved: Mapping[str, Tensor] = {}
         self.first_row = 0
@@ -174,16 +191,20 @@ class XL(LaneMemory):
                 state[f"{i}.{name}"] = torch.cat([getattr(slot.layers[i], name) for slot in slots])
         return state
 
+    def split_dim(self, name: str) -> int | None:
+        return 1 if name.endswith((".k", ".v")) else None
+
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         self.slots, self.saved, self.first_row = {}, state, rows.start
 
 
-def _shapes(config: XL.Config, attention: object, dim: int) -> dict[str, tuple[int, ...]]:
-    """Of what one layer keeps for a row."""
+def _shapes(config: XL.Config, attention: object, dim: int, ranks: Ranks) -> dict[str, tuple[int, ...]]:
+    """Of what one layer keeps for a row, on each rank."""
     if config.recompute_kv:
         return {"x": (config.length, dim)}
     assert isinstance(attention, GroupedAttention.Config)
-    n_kv_heads, value_dim = attention.value_shape(dim)
+    all_kv_heads, value_dim = attention.value_shape(dim)
+    n_kv_heads = all_kv_heads // ranks.size
     return {
         "k": (n_kv_heads, config.length, attention.width(dim)),
         "v": (n_kv_heads, config.length, value_dim),
