@@ -43,7 +43,9 @@ def test_the_nearest_layouts_change_one_degree_where_that_is_enough() -> None:
     with pytest.raises(ConfigError) as caught:
         job_from_dict({"parallelism": layout, "model": model}, world_size=24)
     (problem,) = caught.value.problems
-    assert problem.why == "data_parallel_replicate_degree 2 x tensor_parallel_degree 16 does not divide the world size 24"
+    assert (
+        problem.why == "data_parallel_replicate_degree 2 x tensor_parallel_degree 16 does not divide the world size 24"
+    )
     assert problem.allowed == "; or ".join(
         f"data_parallel_replicate_degree = 2, tensor_parallel_degree = {degree}" for degree in (12, 6, 4)
     )

@@ -71,8 +71,8 @@ def to_unit_length(weight: Tensor, dim: int) -> None:
     length = torch.linalg.vector_norm(local, dim=dim, keepdim=True, dtype=torch.float32)
     if isinstance(weight, DTensor):
         for axis, place in enumerate(weight.placements):
-            # Where an axis of the mesh cuts the vectors, their squares are added up. (FSDP's shard of a shard says no to
-            # `is_shard`, but has a `dim` too.)
+            # Where an axis of the mesh cuts the vectors, their squares are added up. (FSDP's shard of a shard is no
+            # `Shard`, but has a `dim` too.)
             if getattr(place, "dim", None) == dim:
                 length = length.square_()
                 torch.distributed.all_reduce(length, group=weight.device_mesh.get_group(axis))

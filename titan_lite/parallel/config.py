@@ -43,7 +43,7 @@ class Parallelism(ConfigBase):
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free the gathered weights after forward: default = always, but never with pipeline stages."""
     tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which each layer, its tokens and the logits are split: divides n_heads, hidden, seq_len, vocab_size."""
+    """Ranks over which layers, tokens and logits are split: divides n_heads, hidden, seq_len and vocab_size."""
     disable_loss_parallel: bool = False
     """Gather the logits before the loss under tensor parallelism, so that each rank computes all of it."""
     enable_async_tensor_parallel: bool = False

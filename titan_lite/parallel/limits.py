@@ -51,7 +51,7 @@ def _others(given: Mapping[str, int]) -> list[int]:
 
 
 def tensor_problems(job: Job) -> Iterator[Problem]:
-    """What stands between the job and its tensor-parallel degree, beside what the tables of the model say themselves."""
+    """What stands between the job and its tensor-parallel degree, beside what tables of the model say themselves."""
     degree = job.parallelism.tensor_parallel_degree
     if degree == 1:
         return
@@ -67,8 +67,8 @@ def _vocabulary(job: Job, degree: int) -> Iterable[Problem]:
     if size:
         yield from split_problems(job, "model.vocab_size", size)
     elif 64 % degree:
-        why = f"is split over tensor-parallel ranks; 0 is the tokenizer's size rounded up to a multiple of 64, which {DEGREE}"
-        why += f" = {degree} need not divide"
+        why = "is split over tensor-parallel ranks; 0 is the tokenizer's size rounded up to a multiple of 64, which "
+        why += f"{DEGREE} = {degree} need not divide"
         known = job.tokenizer.known_vocab_size
         such = f", such as {math.ceil(known / degree) * degree}" if known else ""
         allowed = f"a multiple of {degree}{such}, or {DEGREE} = {divisors(64)}"
@@ -99,4 +99,3 @@ def _unplanned(job: Job, degree: int) -> Iterable[Problem]:
         styles(model)
     except UnplannedError as error:
         yield Problem(NOT_AVAILABLE, DEGREE, f"does not work with this model yet: {error}", degree, "1")
-

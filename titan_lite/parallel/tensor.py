@@ -1,16 +1,16 @@
 """Tensor and sequence parallelism: one walk over the model's modules, which say themselves how they are split.
 
-A parameter rests as a DTensor on the `tp` axis, and a module's forward reads the local part of it: its class is replaced
-by a subclass with a property for each parameter, so that names, state dicts and the module's own code stay as they are.
+A parameter rests as a DTensor on the `tp` axis, and a module's forward reads the local part of it: its class becomes a
+subclass with a property for each parameter, so that names, state dicts and the module's own code stay as they are.
 What ranks tell each other stands at the borders of modules, or where a module asks `Module.ranks` for it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,15 +108,6 @@ class Local:
         return local.narrow(0, self.first, self.count) if self.kind == "rows" else local
 
 
-class Split(NamedTuple):
-    """What becomes of one module."""
-
-    places: dict[str, tuple[Placement, Local]]
-    """Of its own parameters, by name."""
-    gathers: bool
-    reduces: bool
-
-
 class UnplannedError(ValueError):
     """A part of the model says nothing of how it is split."""
 
@@ -128,7 +119,7 @@ def styles(model: nn.Module) -> dict[nn.Module, dict[str, Style]]:
     """
     found: dict[nn.Module, dict[str, Style]] = {}
     claimed: set[nn.Module] = set()
-    for path, module in model.named_modules():
+    for module in model.modules():
         if module in claimed:
             continue
         for name, style in getattr(module, "tp_plan", dict)().items():
@@ -170,7 +161,8 @@ def place(style: Style, shape: torch.Size, rank: int, size: int) -> tuple[Placem
     groups = style.groups or shape[0]
     if groups % size == 0:
         return Shard(0), Local("part")
-    assert style.repeats and size % groups == 0, f"{groups} parts for {size} ranks"
+    assert style.repeats, f"{groups} parts for {size} ranks"
+    assert size % groups == 0, f"{groups} parts for {size} ranks"
     count = shape[0] // groups
     return Replicate(), Local("rows", rank * groups // size * count, count)
 
@@ -182,14 +174,14 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[to
     """
     ranks = TensorRanks(mesh)
     for module, found in styles(model).items():
-        names = [name for name in found if name]
-        places = {name: place(found[name], module._parameters[name].shape, ranks.rank, ranks.size) for name in names}
-        for name, (placement, _) in places.items():
+        readers: list[tuple[str, Local]] = []
+        for name in filter(None, found):
             parameter: Any = module._parameters[name]
+            placement, local = place(found[name], parameter.shape, ranks.rank, ranks.size)
             module._parameters[name] = _distributed(parameter, meshes[parameter.dtype], placement)
-        own = found.get("")
-        locals_ = tuple((name, local) for name, (_, local) in places.items())
-        module.__class__ = _split_class(type(module), locals_, own == GATHER, own == ROW, ranks)
+            readers.append((name, local))
+        own, cls = found.get(""), cast(Hashable, type(module))
+        module.__class__ = _split_class(cls, tuple(readers), own == GATHER, own == ROW, ranks)
     for module in model.modules():
         getattr(module, "split", _nothing)(ranks)
     left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
@@ -224,15 +216,15 @@ def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement
 
 @cache
 def _split_class(
-    cls: type[nn.Module], locals_: tuple[tuple[str, Local], ...], gathers: bool, reduces: bool, ranks: TensorRanks
+    cls: Any, readers: tuple[tuple[str, Local], ...], gathers: bool, reduces: bool, ranks: TensorRanks
 ) -> type[nn.Module]:
     """A subclass whose instances read local parameters and talk to the other ranks. Equal modules share one."""
 
-    def forward(self: Any, x: Any, *args: Any) -> Any:
+    def forward(self: nn.Module, x: Any, *args: Any) -> Any:
         y = cls.forward(self, ranks.gather(x, self.training) if gathers else x, *args)
         return ranks.reduce(y, self.training) if reduces else y
 
-    members: dict[str, Any] = {name: _reader(name, local) for name, local in locals_}
+    members: dict[str, Any] = {name: _reader(name, local) for name, local in readers}
     if gathers or reduces:
         members["forward"] = forward
     return type(f"Split{cls.__name__}", (cls,), members)

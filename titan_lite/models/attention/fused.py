@@ -38,7 +38,9 @@ class FusedGQA(GroupedAttention):
         def head_split_problems(self, job: Job) -> Iterable[Problem]:
             groups = self.n_kv_heads or self.n_heads
             if groups % degree(job):
-                why = f'{DEGREE} = {degree(job)} does not divide it, and the matrix of attention.type = "gqa_fused" can '
+                why = (
+                    f'{DEGREE} = {degree(job)} does not divide it, and the matrix of attention.type = "gqa_fused" can '
+                )
                 why += "only be cut between key/value heads"
                 allowed = f'{DEGREE} = {divisors(groups)}, or attention.type = "gqa"'
                 yield Problem(CROSS_FIELD, ".n_kv_heads", why, groups, allowed)

@@ -124,7 +124,9 @@ class GroupedAttention(Attention):
             yield from split_problems(job, ".n_heads", self.n_heads)
             n, groups = degree(job), self.n_kv_heads or self.n_heads
             if self.n_heads % n == 0 and groups % n and n % groups:
-                why = f"cannot be shared out: {DEGREE} = {n} is neither a divisor nor a multiple, and ranks with equally "
+                why = (
+                    f"cannot be shared out: {DEGREE} = {n} is neither a divisor nor a multiple, and ranks with equally "
+                )
                 why += "many query heads would need different numbers of key/value heads"
                 fit = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0 and (g % n == 0 or n % g == 0)]
                 yield Problem(CROSS_FIELD, ".n_kv_heads", why, groups, ", ".join(map(str, fit)))

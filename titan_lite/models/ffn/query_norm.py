@@ -81,8 +81,8 @@ class BatchQueryNorm(QueryNorm):
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             if degree(job) > 1:
-                why = f"normalises over the tokens of a rank, and {DEGREE} = {degree(job)} gives each rank other tokens of "
-                why += "the same rows"
+                why = f"normalises over the tokens of a rank, and {DEGREE} = {degree(job)} gives each rank other ones "
+                why += "of the same rows"
                 yield Problem(CROSS_FIELD, ".type", why, self.type, f'"rms" or "none", or {DEGREE} = 1')
 
     weighs_tokens: ClassVar[bool] = True

@@ -14,9 +14,9 @@ from titan_lite.models.head.logit_cap import LogitCap, NoLogitCap
 from titan_lite.models.head.logit_scale import LogitScale, NoLogitScale
 from titan_lite.models.head.output import Link, LogitFunction, Output
 from titan_lite.models.linear import Linear
-from titan_lite.parallel.plan import COL, GATHER, SEQ, Plan
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import COL, GATHER, SEQ, Plan
 
 Consume = Callable[[Tensor, Output], Tensor]
 """What becomes of the hidden states (B, T, D), given how logits come from them: the logits, or a loss."""

@@ -144,8 +144,8 @@ class XL(LaneMemory):
                 assert isinstance(attention, GroupedAttention.Config)
                 groups, _ = attention.value_shape(job.model.dim)
                 if groups % degree(job):
-                    why = f"remembers keys in equal parts on each rank, and {DEGREE} = {degree(job)} does not divide "
-                    why += f"model.attention.n_kv_heads = {groups}"
+                    why = "with recompute_kv = false remembers keys in equal parts on each rank, and "
+                    why += f"{DEGREE} = {degree(job)} does not divide model.attention.n_kv_heads = {groups}"
                     allowed = f"model.memory.recompute_kv = true, or {DEGREE} = {divisors(groups)}"
                     yield Problem(CROSS_FIELD, ".type", why, self.type, allowed)
 

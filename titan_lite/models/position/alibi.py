@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from titan_lite.models.context import LayerMemory
-from titan_lite.models.ranks import Ranks
 from titan_lite.models.position.base import Position, ScoreBias
+from titan_lite.models.ranks import Ranks
 
 
 class ALiBi(Position):
