@@ -134,7 +134,7 @@ def continuation(sections: dict[str, Any], n: int) -> tuple[float, list[int], to
 
 def test_validation_and_sampling(pool4: WorkerPool) -> None:
     loss, tokens, logits = continuation(tables(model=GAINS), 5)
-    for other in pool4.run(continuation, tables(model=GAINS, parallelism=TP2), 5, timeout=120):
+    for other in pool4.run(continuation, tables(model=GAINS, parallelism=TP2), 5, timeout=200):
         assert other[0] == pytest.approx(loss, rel=1e-6)
         assert other[1] == tokens
         torch.testing.assert_close(other[2], logits, rtol=1e-5, atol=1e-5)
@@ -168,7 +168,7 @@ def test_checkpoints_go_on_in_other_layouts(pool2: WorkerPool, pool4: WorkerPool
     one = [go_on(tables(**sections), tmp_path / "one", step) for step in (0, 2, 4, 6)]
     split, sharded = tables(**sections, parallelism=TP2), tables(**sections)
     several = [
-        pool.run(go_on, job, tmp_path / "several", step, timeout=120)[0]
+        pool.run(go_on, job, tmp_path / "several", step, timeout=200)[0]
         for step, (pool, job) in zip(
             (0, 2, 4, 6), ((pool2, split), (pool2, sharded), (pool4, split), (pool2, split)), strict=True
         )
@@ -185,7 +185,7 @@ def test_initial_weights_are_those_of_one_process(pool4: WorkerPool) -> None:
     """To the bit, whatever is cut twice."""
     one = shards(tables(model=GAINS))
     for sections in ({"parallelism": TP2}, {"parallelism": TP4}):
-        for several in pool4.run(shards, tables(model=GAINS, **sections), timeout=120):
+        for several in pool4.run(shards, tables(model=GAINS, **sections), timeout=200):
             assert one.keys() == several.keys()
             assert all(torch.equal(several[name], weight) for name, weight in one.items())
 
@@ -229,7 +229,7 @@ def _whole_bias(style: Any, shape: torch.Size, rank: int, size: int) -> Any:
 def test_mutants_differ(mutant: str, pool2: WorkerPool) -> None:
     model = {**GAINS, "residual": {"dropout": 0.2}}
     one = twins.steps(tables(model=model), 1)
-    assert twins.differences(one, pool2.run(broken, tables(model=model, parallelism=TP2), mutant, timeout=120)[0])
+    assert twins.differences(one, pool2.run(broken, tables(model=model, parallelism=TP2), mutant, timeout=200)[0])
 
 
 def left_out(sections: dict[str, Any]) -> str:
@@ -244,5 +244,5 @@ def left_out(sections: dict[str, Any]) -> str:
 
 
 def test_a_parameter_that_is_left_out_is_an_error(pool2: WorkerPool) -> None:
-    for said in pool2.run(left_out, tables(parallelism=TP2)):
+    for said in pool2.run(left_out, tables(parallelism=TP2), timeout=200):
         assert "these have been left out: ['embedding.weight'" in said

@@ -21,8 +21,14 @@ DEGREE = Factor(
     (Level("2", 2, frozenset()),),
     frozenset(),
 )
-REFUSED = {("model.ffn.query_norm", "batch"), ("model.ffn.query_norm.decay", "0.1")}
-"""Batch norm, whose micro-batches are others with tensor parallelism."""
+REFUSED = {
+    ("model.attention.kernel", "flash_attn"),
+    ("model.attention.kernel", "flex"),
+    # Its micro-batches would be others with tensor parallelism.
+    ("model.ffn.query_norm", "batch"),
+    ("model.ffn.query_norm.decay", "default"),
+    ("model.ffn.query_norm.decay", "0.1"),
+}
 SHARDS = 2
 """Tests over which the models are spread."""
 
@@ -64,9 +70,8 @@ def covering(folder: Path) -> Covering:
 
 
 def test_only_what_cannot_be_split_is_refused(covering: Covering) -> None:
-    alone = EachOnce(factors() | {DEGREE.key: DEGREE._replace(levels=(Level("2", 1, frozenset()),))}, covering.refused)
-    assert {other for pair in covering.impossible for other in pair if other[0] != DEGREE.key} >= REFUSED
-    del alone
+    """And what this machine lacks."""
+    assert {other for pair in covering.impossible for other in pair if other[0] != DEGREE.key} == REFUSED
 
 
 def text_of(row: dict[str, str]) -> str:
@@ -81,7 +86,7 @@ def test_models_equal_those_of_one_process(covering: Covering, folder: Path, poo
     failures = []
     for row in covering.rows[shard::SHARDS]:
         tables = tables_of(row, known, folder)
-        split = pool2.run(twins.steps, tables)[0]
+        split = pool2.run(twins.steps, tables, timeout=200)[0]
         del tables["parallelism"]
         if found := twins.differences(twins.steps(tables), split):
             failures.append(f"{found[:5]}\n  in the model with {text_of(row)}")

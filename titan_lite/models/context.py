@@ -117,8 +117,6 @@ class Context(NamedTuple):
 
     positions: Tensor
     """(T,) position of each query token; keys are counted from 0 up to the last query."""
-    own_positions: Tensor
-    """Those of the tokens in this rank's part of the residual stream; without tensor parallelism, `positions`."""
     documents: Tensor | None
     """(B, T) document number of each token, or None where the rows are not packed."""
     memory: Any
@@ -137,6 +135,13 @@ class Context(NamedTuple):
     """For the stack alone; None = nobody stops early."""
     first_key: Tensor | None = None
     """(B,), or (1,) for all rows: keys before this one are none of the row's, whatever masks say; None = all are."""
+    stream_positions: Tensor | None = None
+    """Those of the tokens in this rank's part of the residual stream; None = `positions`."""
+
+    @property
+    def own_positions(self) -> Tensor:
+        """(T,), or with tensor parallelism (T / n,): positions of the residual stream's tokens."""
+        return self.positions if self.stream_positions is None else self.stream_positions
 
     def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
         """The context of executed layer `index`, given what those before it left."""

@@ -190,7 +190,6 @@ class Transformer(Module):
         positions = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
         context = Context(
             positions,
-            self.ranks.own(positions, self.training),
             documents,
             memory,
             facts.noise,
@@ -199,6 +198,7 @@ class Transformer(Module):
             token_weight=facts.token_weight,
             iterations=facts.iterations,
             first_key=memory.first_key(documents),
+            stream_positions=self.ranks.own(positions, self.training),
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 

@@ -7,6 +7,7 @@ What ranks tell each other stands at the borders of modules, or where a module a
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +22,9 @@ from titan_lite.models.ranks import Ranks
 from titan_lite.parallel.plan import GATHER, ROW, Style
 
 ops = torch.ops._c10d_functional
+
+# What a collective has waited for counts as a view, and nothing here changes the residual stream in place.
+warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
 
 class TensorRanks(Ranks):
@@ -193,9 +197,10 @@ def overlap(mesh: DeviceMesh) -> None:
 
     Source: torch's asynchronous tensor parallelism (inductor's micro-pipeline pass over symmetric memory).
     """
+    import torch._inductor.config as inductor
     from torch.distributed._symmetric_memory import enable_symm_mem_for_group
 
-    torch._inductor.config._micro_pipeline_tp = True
+    inductor._micro_pipeline_tp = True
     enable_symm_mem_for_group(mesh.get_group().group_name)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.models.tiny import VOCAB, tiny_config, tiny_model
 from titan_lite.models.memory import XL
+from titan_lite.models.ranks import ALONE
 from titan_lite.models.transformer import Transformer
 
 B = 2
@@ -34,7 +35,7 @@ def lanes(length: int, changes: dict[str, Any], **options: Any) -> XL:
     """The memory of a model with these changes."""
     config = tiny_config(**changes)
     memory: XL = XL.Config(length=length, **options).build(
-        layers=config.each_layer(), dim=config.dim, device=torch.device("cpu"), dtype=torch.float32
+        layers=config.each_layer(), dim=config.dim, device=torch.device("cpu"), dtype=torch.float32, ranks=ALONE
     )
     return memory
 
