@@ -116,6 +116,15 @@ def test_equals_one_process(name: str, pool2: WorkerPool, pool4: WorkerPool) -> 
         assert not twins.differences(one, several)
 
 
+def test_parameters_of_two_dtypes(pool2: WorkerPool, pool4: WorkerPool) -> None:
+    """They have meshes of their own; against FSDP alone, since one process does not mix dtypes."""
+    model = {"param_dtype": {"norm": "bfloat16"}}
+    sharded = pool2.run(twins.steps, tables(model=model), timeout=200)[0]
+    split = pool4.run(twins.steps, tables(model=model, parallelism=TP2), timeout=200)[0]
+    torch.testing.assert_close(split.losses, sharded.losses, rtol=twins.RTOL, atol=0)
+    torch.testing.assert_close(split.norms, sharded.norms, rtol=twins.RTOL, atol=0)
+
+
 # ---- what is not training
 
 

@@ -61,7 +61,7 @@ def test_tensor_parallel_collectives(pool2: WorkerPool, chunk: int) -> None:
         assert of_tp == {
             # Forward: before both branches of each block and before the head. Backward: behind both, and the embedding.
             "all_gather_into_tensor": (2 * L + 1) + (2 * L + 1),
-            # Forward: behind both branches of each block, and behind the embedding. Backward: before both, and the head.
+            # Forward: behind both branches of each block and the embedding. Backward: before both and the head.
             "reduce_scatter_tensor": (2 * L + 1) + (2 * L + 1),
             # The loss: the largest logit, then sum and target's logit. Gradients of two norms a block and of the last.
             "all_reduce": 2 * chunks + (2 * L + 1),

@@ -121,7 +121,7 @@ class Unplanned(Module):
 def test_a_module_without_a_plan_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_model()
     model.stack.blocks["1"].attention.more = Unplanned()
-    with pytest.raises(UnplannedError, match="stack.blocks.1.attention.more.weight of Unplanned"):
+    with pytest.raises(UnplannedError, match=r"stack\.blocks\.1\.attention\.more\.weight of Unplanned"):
         styles(model)
     monkeypatch.setattr("titan_lite.models.spec.meta_model", lambda config: model)
     assert "Unplanned" in refusals(2)["parallelism.tensor_parallel_degree"]

@@ -7,6 +7,7 @@ What ranks tell each other stands at the borders of modules, or where a module a
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from titan_lite.parallel.plan import GATHER, ROW, Style
 
 ops = torch.ops._c10d_functional
 
+# The norm of all gradients is one number, which takes an all-reduce for each axis of the mesh.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 # What a collective has waited for counts as a view, and nothing here changes the residual stream in place.
 warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(\w+\) returned a view tensor")
 
