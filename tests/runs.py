@@ -87,8 +87,8 @@ def train(sections: dict[str, Any], steps: int) -> Run:
     losses, norms = [], []
     for index in range(steps):
         whole = global_batch(index)
-        share = len(whole.tokens) // world.size
-        mine = [part[world.rank * share : (world.rank + 1) * share] for part in whole]
+        share = len(whole.tokens) // world.dp_size
+        mine = [part[world.dp_rank * share : (world.dp_rank + 1) * share] for part in whole]
         size = job.training.local_batch_size
         batches = [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in mine), strict=True)]
         tensors = step(training, batches, (whole.targets != -100).sum().item(), index)

@@ -113,7 +113,13 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     if job.training.enable_optimizer_offload:
         optimizer = HostStates(optimizer)
     memory = lane_memory(job, model, world.device, precision.param)
-    cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
+    cross_entropy = partial(
+        CrossEntropy,
+        job.training.loss_chunk_tokens,
+        loss_compiler(job.compile),
+        ranks=model.ranks,
+        gather=job.parallelism.disable_loss_parallel,
+    )
     objective = MultiTokenPrediction if model.mtp.depth else LanguageModeling
     weights = job.model.mtp.weights()
     return Training(
@@ -141,7 +147,12 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
 def lane_memory(job: Job, model: Transformer, device: torch.device, dtype: torch.dtype) -> LaneMemory:
     """The empty memory of a job's model whose activations are of `dtype`."""
     memory: LaneMemory = job.model.memory.build(
-        layers=job.model.each_layer(), dim=job.model.dim, device=device, dtype=dtype, summaries=model.summaries
+        layers=job.model.each_layer(),
+        dim=job.model.dim,
+        device=device,
+        dtype=dtype,
+        ranks=model.ranks,
+        summaries=model.summaries,
     )
     return memory
 

@@ -147,7 +147,7 @@ class Trainer:
         model, optimizer = self.training.model, self.training.optimizer
         if remembered is None:
             remembered = self.training.memory.state(self._rows(self.progress.global_batch_size))
-        memory = memory_tensors(remembered, self.world.mesh)
+        memory = memory_tensors(self.training.memory, remembered, self.world.mesh)
         return model_tensors(model) | optimizer_tensors(model, optimizer) | memory
 
     def _resume(self, start: Start) -> str:
@@ -194,8 +194,8 @@ class Trainer:
         return bool({"dataloader", "train_state"} & set(self.job.checkpoint.exclude_from_loading))
 
     def _train_state(self) -> dict[str, Any]:
-        """The progress as JSON, with the cursors of all ranks' lanes in order."""
-        cursors = [cursor for rank in self.world.gather(self.cursors) for cursor in rank]
+        """The progress as JSON, with the cursors of all lanes in order."""
+        cursors = [cursor for group in self.world.gather_dp(self.cursors) for cursor in group]
         return vars(self.progress) | {"cursors": cursors}
 
     def _save(self, last: bool = False) -> None:

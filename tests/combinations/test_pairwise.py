@@ -180,7 +180,7 @@ def reloads_bitwise(job: Job, training: Training, folder: Path) -> None:
     """Through the checkpoint code; the next step is the same to the bit."""
 
     def tensors(of: Training) -> dict[str, torch.Tensor]:
-        memory = memory_tensors(of.memory.state(ROWS), of.world.mesh)
+        memory = memory_tensors(of.memory, of.memory.state(ROWS), of.world.mesh)
         return model_tensors(of.model) | optimizer_tensors(of.model, of.optimizer) | memory
 
     def weights(of: Training) -> dict[str, torch.Tensor]:

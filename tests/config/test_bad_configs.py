@@ -116,8 +116,8 @@ CASES: dict[str, tuple[str, Found]] = {
     "unknown flavor": ('[model]\nname = "llama3"\nflavor = "9B"', [("E008", 3, "model.flavor")]),
     "flavor without name": ('[model]\nflavor = "8B"', [("E005", 2, "model.flavor")]),
     "tensor parallel": (
-        "[parallelism]\ntensor_parallel_degree = 2",
-        [("E011", 2, "parallelism.tensor_parallel_degree")],
+        "[training]\nseq_len = 7\n[parallelism]\ntensor_parallel_degree = 2",
+        [("E005", 2, "training.seq_len")],
     ),
     "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E011", 2, "activation_checkpoint.mode")]),
     "converters": ('[model]\nconverters = ["quantize.grouped_mm.float8"]', [("E011", 2, "model.converters")]),

@@ -25,15 +25,30 @@ def test_model_parallel_ranks_see_the_same_data() -> None:
 @pytest.mark.parametrize(
     ("layout", "key", "allowed"),
     [
-        ({"data_parallel_shard_degree": 4}, "data_parallel_shard_degree", "-1 or 8"),
-        ({"data_parallel_replicate_degree": 3}, "data_parallel_replicate_degree", "a divisor of 8"),
+        ({"data_parallel_shard_degree": 4}, "data_parallel_shard_degree", [-1, 8]),
+        ({"data_parallel_replicate_degree": 3}, "data_parallel_replicate_degree", [4, 2, 8]),
     ],
 )
 def test_degrees_that_do_not_make_the_world_size(layout, key, allowed) -> None:
     job_from_dict({"parallelism": layout})  # nothing to say as long as the world size is not known
     with pytest.raises(ConfigError) as caught:
         job_from_dict({"parallelism": layout}, world_size=8)
-    assert [(p.code, p.key, p.allowed) for p in caught.value.problems] == [("E005", f"parallelism.{key}", allowed)]
+    text = "; or ".join(f"{key} = {degree}" for degree in allowed)
+    assert [(p.code, p.key, p.allowed) for p in caught.value.problems] == [("E005", f"parallelism.{key}", text)]
+
+
+def test_the_nearest_layouts_change_one_degree_where_that_is_enough() -> None:
+    layout = {"data_parallel_replicate_degree": 2, "tensor_parallel_degree": 16}
+    model = {"attention": {"n_heads": 16}, "ffn": {"hidden": 64}}
+    with pytest.raises(ConfigError) as caught:
+        job_from_dict({"parallelism": layout, "model": model}, world_size=24)
+    (problem,) = caught.value.problems
+    assert (
+        problem.why == "data_parallel_replicate_degree 2 x tensor_parallel_degree 16 does not divide the world size 24"
+    )
+    assert problem.allowed == "; or ".join(
+        f"data_parallel_replicate_degree = 2, tensor_parallel_degree = {degree}" for degree in (12, 6, 4)
+    )
 
 
 @pytest.mark.parametrize(

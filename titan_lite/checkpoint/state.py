@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from titan_lite.models.memory import LaneMemory
 from titan_lite.models.spec import named_state
 
 
@@ -26,15 +27,22 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     }
 
 
-def memory_tensors(state: Mapping[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
+def memory_tensors(memory: LaneMemory, state: Mapping[str, Tensor], mesh: DeviceMesh | None) -> dict[str, Tensor]:
     """What lanes remember as `memory.<name>`: this rank's rows, as part of the global batch's, in the order of ranks.
 
-    `mesh` has all ranks, which hold equally many rows; None = there is one.
+    `mesh` has all ranks, whose data-parallel groups hold equally many rows; None = there is one rank.
     """
     if mesh is None:
         return {f"memory.{name}": tensor for name, tensor in state.items()}
-    rows = [Shard(0)] * mesh.ndim
-    return {f"memory.{name}": DTensor.from_local(tensor, mesh, rows, run_check=False) for name, tensor in state.items()}
+    axes = mesh.mesh_dim_names or ()
+
+    def placed(name: str, tensor: Tensor) -> Tensor:
+        dim = memory.split_dim(name)
+        in_group = Replicate() if dim is None else Shard(dim)
+        places = [in_group if axis == "tp" else Shard(0) for axis in axes]
+        return DTensor.from_local(tensor, mesh, places, run_check=False)
+
+    return {f"memory.{name}": placed(name, tensor) for name, tensor in state.items()}
 
 
 def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:

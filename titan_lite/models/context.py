@@ -148,6 +148,13 @@ class Context(NamedTuple):
     """(B,), or (1,) for all rows: keys before this one are none of the row's, whatever masks say; None = all are."""
     recalled: int = 0
     """See `Memory`."""
+    stream_positions: Tensor | None = None
+    """Those of the tokens in this rank's part of the residual stream; None = `positions`."""
+
+    @property
+    def own_positions(self) -> Tensor:
+        """(T,), or with tensor parallelism (T / n,): positions of the residual stream's tokens."""
+        return self.positions if self.stream_positions is None else self.stream_positions
 
     def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
         """The context of executed layer `index`, given what those before it left."""

@@ -13,6 +13,8 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from titan_lite.models.ranks import Ranks
+
 _GOLDEN = 0x9E3779B97F4A7C15
 """2^64 divided by the golden ratio: the keys of layers are this far apart."""
 
@@ -74,10 +76,16 @@ class Draw(nn.Module):
     def __init__(self, place: str):
         super().__init__()
         self.salt = _signed(xxhash.xxh64_intdigest(place.encode()))
+        self.part = 0
+
+    def split(self, ranks: Ranks) -> None:
+        """Told where the elements of a row are spread over ranks: each has the next ones, in equal parts."""
+        self.part = ranks.rank
 
     def bits(self, noise: Noise, size: int) -> Tensor:
-        """(B, size) int32: `bits_of` the numbers 0, 1, 2..."""
-        return self.bits_of(noise, torch.arange(size, dtype=torch.int32, device=noise.rows.device))
+        """(B, size) int32: `bits_of` the numbers 0, 1, 2... or, on one of several ranks, of those that are its own."""
+        first = self.part * size
+        return self.bits_of(noise, torch.arange(first, first + size, dtype=torch.int32, device=noise.rows.device))
 
     def bits_of(self, noise: Noise, number: Tensor) -> Tensor:
         """(B, size) int32 whose high bits are random: two keyed rounds of a hash of each element's number in its row.

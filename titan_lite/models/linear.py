@@ -75,28 +75,44 @@ def to_unit_length(weight: Tensor, dim: int) -> None:
 
     Lengths are computed in float32. A vector of zeros stays one.
     """
-    # Half a second to import, and checking a config reads this file too.
-    from torch.distributed.tensor import DTensor, Replicate
-
-    length = _lengths(weight, dim)
-    if isinstance(weight, DTensor) and isinstance(length, DTensor):
-        # Vectors cut by the layout have partial lengths, summed up here; the others are whole where they are.
-        whole = [Replicate() if place.is_partial() else place for place in length.placements]
-        weight, length = weight.to_local(), length.redistribute(placements=whole).to_local()
-    weight.div_(length.clamp(min=1e-12))
+    local, length = _local(weight), _lengths(weight, dim)
+    local.div_(length.clamp(min=1e-12))
 
 
 def length_doubts(name: str, weight: Tensor, dim: int) -> dict[str, str]:
     """`Module.doubts` of a matrix whose vectors along `dim` should have length 1. Collective for a DTensor."""
     from torch.distributed.tensor import DTensor
 
-    length = _lengths(weight, dim)
-    whole = length.full_tensor() if isinstance(length, DTensor) else length
-    least, most = (bound.item() for bound in whole.aminmax())
-    if abs(least - 1) <= ROUNDED and abs(most - 1) <= ROUNDED:
+    least, most = _lengths(weight, dim).aminmax()
+    if isinstance(weight, DTensor):
+        for axis in range(weight.device_mesh.ndim):
+            group = weight.device_mesh.get_group(axis)
+            torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group)
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group)
+    if abs(least.item() - 1) <= ROUNDED and abs(most.item() - 1) <= ROUNDED:
         return {}
-    return {name: f"has vectors of length {least:.3g} to {most:.3g}: each should be 1, and a training step makes it so"}
+    said = f"has vectors of length {least.item():.3g} to {most.item():.3g}"
+    return {name: f"{said}: each should be 1, and a training step makes it so"}
 
 
 def _lengths(weight: Tensor, dim: int) -> Tensor:
-    return torch.linalg.vector_norm(weight, dim=dim, keepdim=True, dtype=torch.float32)
+    """Lengths of this rank's vectors, in float32."""
+    from torch.distributed.tensor import DTensor
+
+    length = torch.linalg.vector_norm(_local(weight), dim=dim, keepdim=True, dtype=torch.float32)
+    if isinstance(weight, DTensor):
+        for axis, place in enumerate(weight.placements):
+            # Where an axis of the mesh cuts the vectors, their squares are added up. (FSDP's shard of a shard is no
+            # `Shard`, but has a `dim` too.)
+            if getattr(place, "dim", None) == dim:
+                length = length.square_()
+                torch.distributed.all_reduce(length, group=weight.device_mesh.get_group(axis))
+                length = length.sqrt_()
+    return length
+
+
+def _local(weight: Tensor) -> Tensor:
+    # Half a second to import, and checking a config reads this file too.
+    from torch.distributed.tensor import DTensor
+
+    return weight.to_local() if isinstance(weight, DTensor) else weight

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.config.component import Component
+from titan_lite.models.ranks import ALONE, Ranks
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import SEQ, Plan
 
 logger = logging.getLogger(__name__)
 
 Total: TypeAlias = Callable[[Tensor], Tensor]
-"""Sums a tensor over the data-parallel ranks."""
+"""Sums a tensor over the rows of the global batch, and so over ranks."""
 
 
 class Module(nn.Module, Component):
@@ -29,6 +31,20 @@ class Module(nn.Module, Component):
         """{local name: Spec} of the parameters and buffers this very module holds (children describe theirs)."""
         return {}
 
+    ranks: Ranks = ALONE
+    """Those that share this module, each with a part of it."""
+
+    def tp_plan(self) -> Plan:
+        """How this module's own parameters and its children are split over tensor-parallel ranks.
+
+        A child that is given a style is split by it with all that is in it; the others have plans of their own.
+        """
+        return {}
+
+    def split(self, ranks: Ranks) -> None:
+        """Told once, before any forward, that this is one rank's part of the module."""
+        self.ranks = ranks
+
     def after_step(self, total: Total) -> None:
         """Restores what must hold of this very module's parameters, DTensors maybe. No gradient is recorded."""
 
@@ -39,6 +55,13 @@ class Module(nn.Module, Component):
     def metrics(self, total: Total) -> dict[str, Tensor]:
         """{local name: number} about the last step, to be logged. Asked for at logged steps, on all ranks alike."""
         return {}
+
+
+class OnTokens(Module):
+    """A module that works on each token, or each head, by itself: all of its own parameters are on every rank."""
+
+    def tp_plan(self) -> Plan:
+        return dict.fromkeys(self._parameters, SEQ)
 
 
 @torch.no_grad()

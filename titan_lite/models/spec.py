@@ -64,8 +64,15 @@ def specs_of(config: Transformer.Config) -> dict[str, Spec] | None:
 
     For checks of a config: builds the model without storage, about half a millisecond a layer.
     """
+    model = meta_model(config)
+    return None if model is None else collect_specs(model)
+
+
+def meta_model(config: Transformer.Config) -> Transformer | None:
+    """The model that a config describes, without storage; None where it cannot be built."""
     try:
         with torch.device("meta"):
-            return collect_specs(config.build(vocab_size=config.vocab_size or 64))
+            model: Transformer = config.build(vocab_size=config.vocab_size or 64)
     except Exception:
         return None
+    return model

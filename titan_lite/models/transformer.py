@@ -207,8 +207,9 @@ class Transformer(Module):
         """What the blocks of one forward over `tokens` (B, T) are told."""
         memory = NoMemory() if memory is None else memory
         keys = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
+        positions = key_positions(keys, memory.recalled)
         context = Context(
-            key_positions(keys, memory.recalled),
+            positions,
             documents,
             memory,
             facts.noise,
@@ -218,6 +219,7 @@ class Transformer(Module):
             iterations=facts.iterations,
             first_key=memory.first_key(documents),
             recalled=memory.recalled,
+            stream_positions=self.ranks.own(positions, self.training),
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 

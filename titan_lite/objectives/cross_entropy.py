@@ -11,7 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from titan_lite.models.head.output import Link, LogitFunction, Output, through
-from titan_lite.objectives.token_loss import TokenLoss, WithZLoss
+from titan_lite.models.ranks import ALONE, Ranks
+from titan_lite.objectives.token_loss import token_loss
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A function to a function that computes the same, such as torch.compile."""
@@ -34,10 +35,20 @@ class CrossEntropy:
     With `chunk_tokens` > 0 logits exist for that many tokens at a time: see `_ChunkedLoss`.
     """
 
-    def __init__(self, chunk_tokens: int, wrap: Wrap = lambda function: function, z_loss: float = 0.0):
-        """`wrap` is applied to the functions of x W^T, to compile them; `z_loss` is the coefficient of that term."""
+    def __init__(
+        self,
+        chunk_tokens: int,
+        wrap: Wrap = lambda function: function,
+        z_loss: float = 0.0,
+        ranks: Ranks = ALONE,
+        gather: bool = False,
+    ):
+        """`wrap` is applied to the functions of x W^T, to compile them; `z_loss` is the coefficient of that term.
+
+        Of several `ranks` each has a part of the rows of W, and makes those logits; see `token_loss` for `gather`.
+        """
         self.chunk_tokens = chunk_tokens
-        self.token_loss = WithZLoss(z_loss) if z_loss else TokenLoss()
+        self.token_loss = token_loss(z_loss, ranks, gather)
         self.loss = wrap(self._loss)
         self.loss_and_gradients = wrap(self._loss_and_gradients)
 
@@ -51,7 +62,7 @@ class CrossEntropy:
         xs = [part.x.flatten(0, 1) for part in parts]  # (N, D) each
         targets = [part.targets.flatten() for part in parts]  # (N,) each
         weights = [part.weight for part in parts]
-        weight, links = output
+        weight, links = output.weight, output.links
         if 0 < self.chunk_tokens < sum(map(len, xs)):
             functions, parameters = [link.function for link in links], [link.parameter for link in links]
             # Inside the function gradients are always off, and inputs that require them say so all the same.

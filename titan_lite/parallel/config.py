@@ -11,6 +11,7 @@ from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
+from titan_lite.parallel.limits import tensor_problems, world_problem
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -19,12 +20,21 @@ _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 """Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
 
 _NOT_YET = (
-    "tensor_parallel_degree",
     "pipeline_parallel_degree",
     "context_parallel_degree",
     "expert_parallel_degree",
     "expert_tensor_parallel_degree",
 )
+
+
+_DEGREES = (
+    "data_parallel_replicate_degree",
+    "data_parallel_shard_degree",
+    "tensor_parallel_degree",
+    "pipeline_parallel_degree",
+    "context_parallel_degree",
+)
+"""Those whose product is the world size."""
 
 
 class Parallelism(ConfigBase):
@@ -39,11 +49,11 @@ class Parallelism(ConfigBase):
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free the gathered weights after forward: default = always, but never with pipeline stages."""
     tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which each layer is split."""
+    """Ranks over which layers, tokens and logits are split: divides n_heads, hidden, seq_len and vocab_size."""
     disable_loss_parallel: bool = False
-    """Gather the logits before the loss under tensor parallelism."""
+    """Gather the logits before the loss under tensor parallelism, so that each rank computes all of it."""
     enable_async_tensor_parallel: bool = False
-    """Overlap tensor-parallel communication with computation."""
+    """Overlap tensor-parallel communication with the matrix products around it: CUDA, with compile."""
     pipeline_parallel_degree: PositiveInt = 1
     """Pipeline ranks."""
     module_fqns_per_model_part: Annotated[tuple[Strings, ...], Field(strict=False)] | None = None
@@ -92,29 +102,9 @@ class Parallelism(ConfigBase):
             if getattr(self, key) > 1:
                 yield Problem(NOT_AVAILABLE, f".{key}", "is not available yet", getattr(self, key), "1")
         if world_size is not None and self.data_parallel_degree(world_size) is None:
-            yield self._does_not_fit(world_size)
-
-    def _does_not_fit(self, world_size: int) -> Problem:
-        factors = {"data_parallel_replicate_degree": self.data_parallel_replicate_degree}
-        if self.data_parallel_shard_degree != -1:
-            factors["data_parallel_shard_degree"] = self.data_parallel_shard_degree
-        others = ("tensor_parallel_degree", "pipeline_parallel_degree", "context_parallel_degree")
-        factors |= {key: getattr(self, key) for key in others if getattr(self, key) > 1}
-        product = " x ".join(f"{key} {value}" for key, value in factors.items())
-        if self.data_parallel_shard_degree == -1:
-            return Problem(
-                CROSS_FIELD,
-                ".data_parallel_replicate_degree",
-                f"{product} does not divide the world size {world_size}",
-                self.data_parallel_replicate_degree,
-                f"a divisor of {max(1, world_size // self.model_parallel_degree)}",
-            )
-        fixed = self.data_parallel_replicate_degree * self.model_parallel_degree
-        fits = (
-            f"-1 or {world_size // fixed}" if world_size % fixed == 0 else "-1 with degrees that divide the world size"
-        )
-        why = f"{product} is not the world size {world_size}"
-        return Problem(CROSS_FIELD, ".data_parallel_shard_degree", why, self.data_parallel_shard_degree, fits)
+            degrees = {name: degree for name, degree in self if name in _DEGREES}
+            yield world_problem(degrees, world_size)
+        yield from tensor_problems(job)
 
 
 def _op_or_every_nth(value: str) -> str:

@@ -138,7 +138,7 @@ def _by_dtype(meshes: Mapping[torch.dtype, DeviceMesh]) -> Callable[[nn.Paramete
 
 def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
     """The axes FSDP works on: both where parameters are replicated over groups of shards, else the shards alone."""
-    return mesh if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
+    return mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
 
 
 @contextmanager

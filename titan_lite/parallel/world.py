@@ -44,21 +44,22 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: tim
     )
 
 
-def data_parallel_mesh(
-    parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False
-) -> DeviceMesh:
-    """Axes dp_replicate x dp_shard over all ranks; the process group must exist.
+def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False) -> DeviceMesh:
+    """All ranks: axes dp_replicate and dp_shard, then tp if there is any; the process group must exist.
+
+    Of the axes to come, pp stands before these, and cp between dp_shard and tp: neighbours talk the most.
 
     `own_groups`: with process groups that no other mesh has, not even for an axis over all ranks.
     """
     degree = parallelism.data_parallel_degree(world_size)
     assert degree is not None, "the config check lets no other degrees through"
     replicate = parallelism.data_parallel_replicate_degree
-    axes = ("dp_replicate", "dp_shard")
+    tp = parallelism.tensor_parallel_degree
+    sizes = {"dp_replicate": replicate, "dp_shard": degree // replicate} | ({"tp": tp} if tp > 1 else {})
+    axes = tuple(sizes)
     backend = "nccl" if device_type == "cuda" else "gloo"
     override: Any = dict.fromkeys(axes, backend) if own_groups else None
-    shape = (replicate, degree // replicate)
-    return init_device_mesh(device_type, shape, mesh_dim_names=axes, backend_override=override)
+    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=axes, backend_override=override)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -76,7 +77,7 @@ class World:
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
-    """Axes dp_replicate and dp_shard; None without a process group."""
+    """See `make_mesh`; None without a process group."""
     host_group: dist.ProcessGroup | None = None
     """gloo, for small host-side agreements."""
     save_group: dist.ProcessGroup | None = None
@@ -105,11 +106,11 @@ class World:
             if size == 1 and not sharded:
                 return cls(rank, size, device)
             _init_process_group(rank, size, device, timedelta(seconds=timeout_seconds))
-        mesh = data_parallel_mesh(parallelism, dist.get_world_size(), device.type)
+        mesh = make_mesh(parallelism, dist.get_world_size(), device.type)
         host_group = dist.new_group(backend="gloo")
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         size = dist.get_world_size()
-        second = data_parallel_mesh(parallelism, size, device.type, own_groups=True) if second_mesh else None
+        second = make_mesh(parallelism, size, device.type, own_groups=True) if second_mesh else None
         world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, joined)
         world.set_timeout(timeout_seconds)
         return world
@@ -126,20 +127,31 @@ class World:
         """The layout in words, for people."""
         if self.mesh is None:
             return "one process"
-        replicate, shard = self.mesh.shape
+        replicate, shard, *_ = self.mesh.shape
+        data = f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
         if shard == 1 < replicate:
-            return f"DDP {replicate}"
-        return f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
+            data = f"DDP {replicate}"
+        return data if self.tp_size == 1 else f"{data}, tensor parallel {self.tp_size}"
+
+    @property
+    def axes(self) -> dict[str, int]:
+        """The mesh's axes and their sizes; nothing without a mesh."""
+        return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks that work on the same rows, neighbours in the order of ranks."""
+        return self.axes.get("tp", 1)
 
     @property
     def dp_size(self) -> int:
-        """Ranks that read different rows of the batch."""
-        return self.size
+        """Groups of ranks that read different rows of the batch."""
+        return self.size // self.tp_size
 
     @property
     def dp_rank(self) -> int:
-        """Which of them this is."""
-        return self.rank
+        """Which of them this rank belongs to."""
+        return self.rank // self.tp_size
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank, by rank."""
@@ -148,6 +160,10 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.host_group)
         return values
+
+    def gather_dp(self, value: Any) -> list[Any]:
+        """The `value` of every data-parallel group, on every rank, by group."""
+        return self.gather(value)[:: self.tp_size]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -163,19 +179,22 @@ class World:
             dist.barrier(group=self.host_group)
 
     def total(self, *values: float) -> list[float]:
-        """Sums over the ranks, element by element, of host numbers (exact for integers below 2^53)."""
+        """Sums over rows, element by element, of what each rank has of its rows (exact for integers below 2^53).
+
+        Ranks that work on the same rows have all of it alike, or a part each: then it is 1 / tp_size of the sum.
+        """
         totals = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(totals, group=self.host_group)
-        return totals.tolist()
+        return (totals / self.tp_size).tolist()
 
     def total_tensor(self, value: Tensor) -> Tensor:
-        """Sum over the ranks of a tensor on the device; the argument stays as it is."""
+        """The same of a tensor on the device; the argument stays as it is."""
         if self.size == 1:
             return value
         summed = value.clone()
         dist.all_reduce(summed)
-        return summed
+        return summed if self.tp_size == 1 else summed / self.tp_size
 
     def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
         """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.

@@ -18,13 +18,12 @@ from titan_lite.parallel.world import World
 
 def checkpoint_facts(job: Job, world: World, tokenizer: Tokenizer) -> CheckpointFacts:
     """What every checkpoint of the run says about it. Collective."""
-    mesh = world.mesh
     return CheckpointFacts(
         config=to_toml(job),
         model=job.model.identity(),
         tokenizer=tokenizer.fingerprint(),
         data=_agreed_data_fingerprint(job, world),
-        layout=dict(zip(("dp_replicate", "dp_shard"), mesh.shape, strict=True)) if mesh else {},
+        layout=world.axes,
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.models.tiny import VOCAB, tiny_config, tiny_model
 from titan_lite.models.memory import XL, LaneMemory
+from titan_lite.models.ranks import ALONE
 from titan_lite.models.transformer import Transformer
 
 B = 2
@@ -39,6 +40,7 @@ def lanes(length: int, changes: dict[str, Any], summaries: nn.Module | None = No
         dim=config.dim,
         device=torch.device("cpu"),
         dtype=torch.float32,
+        ranks=ALONE,
         summaries=summaries or chosen.statistics(config.dim),
     )
     return memory

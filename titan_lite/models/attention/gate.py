@@ -9,6 +9,7 @@ from torch import Tensor
 from titan_lite.config.component import SlotConfig
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Module
+from titan_lite.parallel.plan import Plan, heads
 
 
 class Gate(Module):
@@ -40,8 +41,11 @@ class SigmoidGate(Gate):
         self.n_heads, self.width = n_heads, width
         self.linear = linear.build(dim, n_heads * width)
 
+    def tp_plan(self) -> Plan:
+        return {"linear": heads(self.n_heads)}
+
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
-        gate = self.linear(x).unflatten(-1, (self.n_heads, self.width)).transpose(1, 2)  # (B, H, T, width)
+        gate = self.linear(x).unflatten(-1, (-1, self.width)).transpose(1, 2)  # (B, H, T, width)
         return y * gate.sigmoid()
 
 

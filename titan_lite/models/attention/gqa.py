@@ -17,6 +17,7 @@ from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
 from titan_lite.models.attention.value import NoValueMix, ValueMix
 from titan_lite.models.context import Context, n_positions
 from titan_lite.models.linear import Linear
+from titan_lite.parallel.plan import DEGREE, GATHER, ROW, Plan, degree, heads, kv_heads
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -75,6 +76,18 @@ class GroupedAttention(HeadAttention):
                 yield undivided(self.n_heads, job.model.dim)
             else:
                 yield from self.position.head_problems(self.width(job.model.dim))
+            yield from self.head_split_problems(job)
+
+        def head_split_problems(self, job: Job) -> Iterable[Problem]:
+            """What is wrong with sharing out heads to tensor-parallel ranks."""
+            n, groups = degree(job), self.n_kv_heads or self.n_heads
+            if self.n_heads % n == 0 and groups % n and n % groups:
+                why = (
+                    f"cannot be shared out: {DEGREE} = {n} is neither a divisor nor a multiple, and ranks with equally "
+                )
+                why += "many query heads would need different numbers of key/value heads"
+                fit = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0 and (g % n == 0 or n % g == 0)]
+                yield Problem(CROSS_FIELD, ".n_kv_heads", why, groups, ", ".join(map(str, fit)))
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
@@ -83,14 +96,17 @@ class GroupedAttention(HeadAttention):
         self.project_with(config, dim, linear)
         self.activation = activation(config.activation)
         self.o = linear.build(self.n_heads * self.value_dim, dim, start="residual", bias="o" in config.bias)
-        heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
-        self.qk_norm = config.qk_norm.build(dim=dim, **heads)
+        sizes = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
+        self.qk_norm = config.qk_norm.build(dim=dim, **sizes)
         self.value_mix = config.value_mix.build()
         self.attend_with(config, dim, linear, turned=self.head_dim, kept=config.kept(dim))
 
     def project_with(self, config: Config, dim: int, linear: Linear.Config) -> None:
         """Makes the matrices that `project` uses."""
         raise NotImplementedError
+
+    def tp_plan(self) -> Plan:
+        return {"": GATHER, "o": ROW}
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, Dh), k (B, G, T, Dh) and v (B, G, T, Dv) of x (B, T, D)."""
@@ -128,14 +144,20 @@ class GQA(GroupedAttention):
         self.k = linear.build(dim, self.n_kv_heads * self.head_dim, bias="k" in config.bias)
         self.v = linear.build(dim, self.n_kv_heads * self.value_dim, bias="v" in config.bias)
 
+    def tp_plan(self) -> Plan:
+        of_keys = kv_heads(self.n_kv_heads)
+        return {**super().tp_plan(), "q": heads(self.n_heads), "k": of_keys, "v": of_keys}
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return heads(self.q(x), self.head_dim), heads(self.k(x), self.head_dim), heads(self.v(x), self.value_dim)
+        head, value = self.head_dim, self.value_dim
+        return cut(self.q(x), head), cut(self.k(x), head), cut(self.v(x), value)
 
     def project_beside(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = torch.cat((before, x), dim=1)
-        return heads(self.q(x), self.head_dim), heads(self.k(both), self.head_dim), heads(self.v(both), self.value_dim)
+        head, value = self.head_dim, self.value_dim
+        return cut(self.q(x), head), cut(self.k(both), head), cut(self.v(both), value)
 
 
-def heads(x: Tensor, width: int) -> Tensor:
+def cut(x: Tensor, width: int) -> Tensor:
     """(B, T, n * width) -> (B, n, T, width)."""
     return x.unflatten(-1, (-1, width)).transpose(1, 2)

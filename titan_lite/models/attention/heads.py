@@ -18,6 +18,7 @@ from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
+from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -92,6 +93,7 @@ class HeadAttention(Attention):
                     allowed='a list with { type = "causal" }, and more masks if wanted',
                 )
             yield from self.kernel.refusals(self, job.model.dim)
+            yield from split_problems(job, ".n_heads", self.n_heads)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
             yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)

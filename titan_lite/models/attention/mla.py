@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from titan_lite.config.errors import Problem
 from titan_lite.config.fields import Count, PositiveInt
-from titan_lite.models.attention.gqa import heads
+from titan_lite.models.attention.gqa import cut
 from titan_lite.models.attention.heads import HeadAttention, Kept, undivided
 from titan_lite.models.attention.kernel import Eager, Grids, PreparedKernel, Scoring
 from titan_lite.models.attention.kernel.base import n_keys
@@ -20,6 +20,7 @@ from titan_lite.models.context import Context, n_positions
 from titan_lite.models.linear import Linear
 from titan_lite.models.norm import Norm, RMSNorm
 from titan_lite.models.position import Position
+from titan_lite.parallel.plan import GATHER, ROW, SEQ, Plan, heads
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -88,13 +89,18 @@ class MLA(HeadAttention):
         self.attend_with(config, dim, linear, turned=config.rope_dim, kept=config.kept(dim))
         self.absorbed = Absorbed(self.scoring, config.kv_rank, config.own_width(dim) + value_dim)
 
+    def tp_plan(self) -> Plan:
+        # Latents are made of all tokens on every rank; of them, each makes what its own heads need.
+        of_queries = {"q": heads(self.n_heads)} if isinstance(self.q, nn.Linear) else {}
+        return {"": GATHER, **of_queries, "o": ROW}
+
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q (B, H, T, Dn + Dr), the shared key (B, 1, T, Dr) and the latent (B, 1, T, R) of x (B, T, D)."""
-        return heads(self.q(x), sum(self.parts)), *self.kv(x)
+        return cut(self.q(x), sum(self.parts)), *self.kv(x)
 
     def project_beside(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The same; shared keys and latents of `before` (B, C, D) and x together."""
-        return heads(self.q(x), sum(self.parts)), *self.kv(torch.cat((before, x), dim=1))
+        return cut(self.q(x), sum(self.parts)), *self.kv(torch.cat((before, x), dim=1))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         memory = context.memory
@@ -130,8 +136,12 @@ class LatentQueries(nn.Module):
     def __init__(self, config: MLA.Config, dim: int, width: int, linear: Linear.Config):
         super().__init__()
         self.down = linear.build(dim, config.q_rank, bias="q" in config.bias)
+        self.n_heads = config.n_heads
         self.norm = config.latent_norm.build(dim=config.q_rank)
         self.up = linear.build(config.q_rank, width)
+
+    def tp_plan(self) -> Plan:
+        return {"down": SEQ, "norm": SEQ, "up": heads(self.n_heads)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.norm(self.down(x)))
@@ -158,18 +168,21 @@ class LatentKV(nn.Module):
         self.norm = config.latent_norm.build(dim=config.kv_rank)
         self.up = linear.build(config.kv_rank, self.n_heads * sum(self.parts))
 
+    def tp_plan(self) -> Plan:
+        return {"down": SEQ, "norm": SEQ, "up": heads(self.n_heads)}
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         c, k = self.down(x)[:, None].split(self.sizes, dim=-1)
         return k, self.norm(c)
 
     def expanded(self, k: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (B, H, S, Dn + Dr) and values (B, H, S, Dv) of what is kept."""
-        own, v = heads(self.up(c[:, 0]), sum(self.parts)).split(self.parts, dim=-1)
-        return torch.cat((own, k.expand(-1, self.n_heads, -1, -1)), dim=-1), v
+        own, v = cut(self.up(c[:, 0]), sum(self.parts)).split(self.parts, dim=-1)
+        return torch.cat((own, k.expand(-1, own.shape[1], -1, -1)), dim=-1), v
 
     def weights(self) -> tuple[Tensor, Tensor]:
         """W_UK (H, Dn, R) and W_UV (H, Dv, R), for use within a forward."""
-        to_keys, to_values = self.up.weight.unflatten(0, (self.n_heads, -1)).split(self.parts, dim=1)
+        to_keys, to_values = self.up.weight.unflatten(0, (-1, sum(self.parts))).split(self.parts, dim=1)
         return to_keys, to_values
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable
+from functools import partial
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,9 @@ from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.module import Module
 from titan_lite.models.norm import L2Norm, RMSNorm
+from titan_lite.models.ranks import Ranks
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import Plan, heads, kv_heads
 
 
 class QKNorm(Module):
@@ -98,16 +102,41 @@ class FullQKNorm(QKNorm):
     def __init__(self, config: Config, dim: int, n_heads: int, n_kv_heads: int, head_dim: int):
         super().__init__()
         norm = RMSNorm.Config(eps=config.eps)
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
         self.q, self.k = norm.build(dim=n_heads * head_dim), norm.build(dim=n_kv_heads * head_dim)
+        self.normalised: Normalised = _as_it_is
+
+    def tp_plan(self) -> Plan:
+        return {"q": heads(self.n_heads), "k": kv_heads(self.n_kv_heads)}
+
+    def split(self, ranks: Ranks) -> None:
+        super().split(ranks)
+        self.normalised = partial(_over_ranks, ranks)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return _over_heads(self.q, q), _over_heads(self.k, k)
+        return self._over_heads(self.q, q), self._over_heads(self.k, k)
+
+    def _over_heads(self, norm: RMSNorm, x: Tensor) -> Tensor:
+        """A norm of width n * Dh on x (B, n, T, Dh)."""
+        x = x.transpose(1, 2)  # (B, T, n, Dh)
+        return self.normalised(norm, x.flatten(2)).view_as(x).transpose(1, 2)
 
 
-def _over_heads(norm: nn.Module, x: Tensor) -> Tensor:
-    """A norm of width n * Dh on x (B, n, T, Dh)."""
-    x = x.transpose(1, 2)  # (B, T, n, Dh)
-    return norm(x.flatten(2)).view_as(x).transpose(1, 2)
+Normalised: TypeAlias = Callable[[RMSNorm, Tensor], Tensor]
+
+
+def _as_it_is(norm: RMSNorm, x: Tensor) -> Tensor:
+    y: Tensor = norm(x)
+    return y
+
+
+def _over_ranks(ranks: Ranks, norm: RMSNorm, x: Tensor) -> Tensor:
+    """The norm of what the ranks' x (B, T, width) are together; where several have the same, it counts once."""
+    wide = x.float()
+    copies = ranks.size * x.shape[-1] // norm.dim
+    square = ranks.sum(wide.square().sum(-1, keepdim=True)) / (copies * norm.dim)
+    assert norm.weight is not None
+    return (wide * torch.rsqrt(square + norm.eps) * norm.weight).type_as(x)
 
 
 class PerHeadQKNorm(QKNorm):
@@ -126,6 +155,10 @@ class PerHeadQKNorm(QKNorm):
         self.eps, self.head_dim = config.eps, head_dim
         self.q = nn.Parameter(torch.empty(n_heads, head_dim))
         self.k = nn.Parameter(torch.empty(n_kv_heads, head_dim))
+        self.n_heads, self.n_kv_heads = n_heads, n_kv_heads
+
+    def tp_plan(self) -> Plan:
+        return {"q": heads(self.n_heads), "k": kv_heads(self.n_kv_heads)}
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self._normalised(q, self.q), self._normalised(k, self.k)
@@ -165,16 +198,19 @@ class L2ScaledQKNorm(QKNorm):
         self.s_q = LearnedScale(self.n_heads * self.head_dim, init=1.0, scale=dim**-0.5)
         self.s_k = LearnedScale(self.n_kv_heads * self.head_dim, init=1.0, scale=dim**-0.5)
 
+    def tp_plan(self) -> Plan:
+        return {"s_q": heads(self.n_heads), "s_k": kv_heads(self.n_kv_heads)}
+
     def gain(self) -> Tensor:
         """The product of the scales that meet in a score, (G, H / G, Dh): key head g serves the heads of its group."""
-        s_q = self.s_q().view(self.n_kv_heads, -1, self.head_dim)
-        return s_q * self.s_k().view(self.n_kv_heads, 1, self.head_dim)
+        s_k = self.s_k().view(-1, 1, self.head_dim)
+        return self.s_q().view(s_k.shape[0], -1, self.head_dim) * s_k
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm(q), self.norm(k)
 
     def after_position(self, q: Tensor) -> Tensor:
-        return q * self.gain().view(self.n_heads, 1, self.head_dim).type_as(q)
+        return q * self.gain().view(-1, 1, self.head_dim).type_as(q)
 
 
 class SharedL2ScaledQKNorm(L2ScaledQKNorm):
@@ -185,6 +221,9 @@ class SharedL2ScaledQKNorm(L2ScaledQKNorm):
 
     def make_scales(self, dim: int) -> None:
         self.s_qk = LearnedScale(self.n_heads * self.head_dim, init=1.0, scale=dim**-0.5)
+
+    def tp_plan(self) -> Plan:
+        return {"s_qk": heads(self.n_heads)}
 
     def gain(self) -> Tensor:
         return self.s_qk() ** 2

@@ -13,6 +13,7 @@ from titan_lite.config.fields import PositiveInt
 from titan_lite.models.module import Module
 from titan_lite.models.position import Position
 from titan_lite.models.spec import Gaussian, Spec
+from titan_lite.parallel.plan import Plan, kv_heads
 
 
 class Registers(Module):
@@ -58,9 +59,12 @@ class LearnedRegisters(Registers):
 
     def __init__(self, config: Config, n_kv_heads: int, head_dim: int, value_dim: int):
         super().__init__()
-        self.n, self.head_dim = config.n, head_dim
+        self.n, self.n_kv_heads, self.head_dim = config.n, n_kv_heads, head_dim
         self.k = nn.Parameter(torch.empty(n_kv_heads, config.n, head_dim))
         self.v = nn.Parameter(torch.empty(n_kv_heads, config.n, value_dim))
+
+    def tp_plan(self) -> Plan:
+        return dict.fromkeys(("k", "v"), kv_heads(self.n_kv_heads))
 
     def forward(self, k: Tensor, v: Tensor, position: Position, length: int) -> tuple[Tensor, Tensor]:
         keys = position.resting(self.k, length).to(k.dtype)

@@ -12,6 +12,7 @@ from titan_lite.models.attention.kernel import Kernel
 from titan_lite.models.context import Context
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import Plan, heads
 
 
 class Sink(Module):
@@ -52,6 +53,9 @@ class LogitSink(Sink):
         super().__init__()
         self.n_heads = n_heads
         self.logit = nn.Parameter(torch.empty(n_heads))
+
+    def tp_plan(self) -> Plan:
+        return {"logit": heads(self.n_heads)}
 
     def forward(self, kernel: Kernel, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         y, lse = kernel.with_lse(q, k, v, context)

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 FIRST_VALUES: Final = "first_values"
 """Under this name the values of the first layer are carried."""
 
 
-class ValueMix(Module):
+class ValueMix(OnTokens):
     """(v (B, G, T, Dv), what earlier layers left and this one may add to) -> v."""
 
     class Config(SlotConfig):

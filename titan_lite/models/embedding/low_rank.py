@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.embedding.table import TableEmbedding
 from titan_lite.models.linear import Linear
+from titan_lite.parallel.plan import SEQ, Plan
 
 
 class LowRankEmbedding(TableEmbedding):
@@ -32,6 +33,9 @@ class LowRankEmbedding(TableEmbedding):
         self.dim = dim
         # As an input matrix: what it sums over does not grow with the model.
         self.wide = linear.build(self.width, dim, role="embed")
+
+    def tp_plan(self) -> Plan:
+        return {**super().tp_plan(), "wide": SEQ}
 
     def widen(self, rows: Tensor) -> Tensor:
         return self.wide(rows)

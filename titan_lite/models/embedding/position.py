@@ -15,14 +15,14 @@ from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem
 from titan_lite.config.fields import Count, PositiveInt
 from titan_lite.models.context import Context
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
 
-class AbsolutePosition(Module):
+class AbsolutePosition(OnTokens):
     """(B, T, D), context -> (B, T, D) with each token's position added."""
 
     class Config(SlotConfig):
@@ -65,11 +65,11 @@ class PositionTable(AbsolutePosition):
 
     def rows(self, x: Tensor, context: Context) -> Tensor:
         """(T, D), those of the tokens of x. Raises ConfigError where a token is behind the last position."""
-        length = context.memory.length + x.shape[1]
+        length = context.memory.length + context.positions.shape[0]
         if length > self.max_len:
             why = f"has positions for {self.max_len} tokens, and this text has {length} or more"
             raise ConfigError.at("model.embedding.position.max_len", why, self.max_len, "shorter texts")
-        return F.embedding(context.positions, self.weight)
+        return F.embedding(context.own_positions, self.weight)
 
 
 class LearnedPosition(PositionTable):
@@ -125,7 +125,7 @@ class SinusoidalPosition(AbsolutePosition):
         self.dim = dim
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x + sinusoids(context.positions, self.dim).to(x.dtype)
+        return x + sinusoids(context.own_positions, self.dim).to(x.dtype)
 
 
 class TrainableSinusoid(PositionTable):
@@ -135,7 +135,7 @@ class TrainableSinusoid(PositionTable):
         super().__init__(config.max_len, dim)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
-        return x + (sinusoids(context.positions, self.dim) + self.rows(x, context)).to(x.dtype)
+        return x + (sinusoids(context.own_positions, self.dim) + self.rows(x, context)).to(x.dtype)
 
     def param_specs(self) -> dict[str, Spec]:
         return {"weight": Spec("embed", 1, self.dim, 0.0)}

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titan_lite.config.errors import Problem
 from titan_lite.config.fields import PositiveFloat, Probability
@@ -65,7 +64,7 @@ class TableEmbedding(Embedding):
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        x = self.norm(self.scale(self.widen(F.embedding(tokens, self.weight))))  # (B, T, D)
+        x = self.norm(self.scale(self.widen(self.lookup(tokens, self.weight))))  # (B, T, D)
         return self.dropout(self.position(x, context), context.noise)
 
     def warm_start(self) -> None:

@@ -6,7 +6,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from titan_lite.models.context import Context
 from titan_lite.models.embedding.base import Embedding
@@ -27,7 +26,7 @@ class UnitEmbedding(Embedding):
         self.weight = nn.Parameter(torch.empty(vocab_size, dim))
 
     def forward(self, tokens: Tensor, context: Context) -> Tensor:
-        return F.embedding(tokens, self.weight)
+        return self.lookup(tokens, self.weight)
 
     def after_step(self, total: Total) -> None:
         to_unit_length(self.weight, dim=1)

@@ -10,14 +10,14 @@ from torch import Tensor
 from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.context import Context
-from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.base import DenseFFN
 from titan_lite.models.linear import Linear
 
 
-class Gated(FFN):
+class Gated(DenseFFN):
     """The three matrices of a gated network. A subclass says what becomes of gate(x) and up(x) before down."""
 
-    class Config(FFN.Config):
+    class Config(DenseFFN.Config):
         hidden: PositiveInt = 768
         """Inner width F."""
         bias: bool = False

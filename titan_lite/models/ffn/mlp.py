@@ -9,17 +9,17 @@ from torch import Tensor
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.context import Context
-from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.base import DenseFFN
 from titan_lite.models.linear import Linear
 
 
-class MLP(FFN):
+class MLP(DenseFFN):
     """down(act(up(x))): relu as in the original transformer, gelu in GPT-2, relu_squared in Primer and Nemotron.
 
     Source: arXiv 1706.03762, section 3.3.
     """
 
-    class Config(FFN.Config):
+    class Config(DenseFFN.Config):
         type: Literal["mlp"] = "mlp"
         hidden: PositiveInt = 1024
         """Inner width F."""

@@ -20,6 +20,7 @@ from titan_lite.models.ffn.query_norm import QueryNorm, RMSQueryNorm
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import SEQ, Plan
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -75,6 +76,9 @@ class PEER(FFN):
         self.v = nn.Parameter(torch.empty(config.n_keys**2, dim))
         self.activation = activation(config.activation)
         self.tally = Tally(config.n_keys**2)
+
+    def tp_plan(self) -> Plan:
+        return dict.fromkeys(("query", "keys", "u", "v"), SEQ)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         experts, scores = self.retrieve(x, context)  # (B, T, H, k)

@@ -10,16 +10,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titan_lite.config.component import SlotConfig
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveFloat, Probability
 from titan_lite.models.context import Context
-from titan_lite.models.module import Module, Total
+from titan_lite.models.module import OnTokens, Total
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import DEGREE, degree
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
 
-class QueryNorm(Module):
+class QueryNorm(OnTokens):
     """(..., H, Dk) -> (..., H, Dk)."""
 
     class Config(SlotConfig):
@@ -76,6 +78,12 @@ class BatchQueryNorm(QueryNorm):
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
             yield '.type = "batch" depends on training.local_batch_size: other layouts train a little differently'
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if degree(job) > 1:
+                why = f"normalises over the tokens of a rank, and {DEGREE} = {degree(job)} gives each rank other ones "
+                why += "of the same rows"
+                yield Problem(CROSS_FIELD, ".type", why, self.type, f'"rms" or "none", or {DEGREE} = 1')
 
     weighs_tokens: ClassVar[bool] = True
     mean: Tensor

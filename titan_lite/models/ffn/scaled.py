@@ -9,19 +9,19 @@ from torch.nn import functional as F
 
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.context import Context
-from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.base import DenseFFN
 from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.linear import Linear
 
 
-class ScaledGLU(FFN):
+class ScaledGLU(DenseFFN):
     """down(silu(s_v * sqrt(D) * gate(x)) * s_u * up(x)) with learned s_u and s_v (F,) that start at 1.
 
     The factor sqrt(D) brings unit vectors' products back to the range in which silu is not linear.
     Source: arXiv 2410.01131, section 2.4.
     """
 
-    class Config(FFN.Config):
+    class Config(DenseFFN.Config):
         type: Literal["glu_scaled"] = "glu_scaled"
         hidden: PositiveInt = 768
         """Inner width F."""

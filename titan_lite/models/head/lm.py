@@ -16,6 +16,7 @@ from titan_lite.models.head.output import Link, LogitFunction, Output
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import COL, GATHER, SEQ, Plan
 
 Consume = Callable[..., Tensor]
 """What becomes of the hidden states (B, T, D), given how logits come from them: the logits, or a loss.
@@ -76,8 +77,11 @@ class LMHead(Head):
         plus = () if bias is None else (Link(PLUS, bias),)
         return (*plus, *self.logit_scale.links(), *self.logit_cap.links())
 
+    def tp_plan(self) -> Plan:
+        return {"": GATHER, "output": COL, "logit_scale": COL}
+
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
-        return consume(x, Output(self.output.weight, self.links(self.output.bias)), *further)
+        return consume(x, Output(self.output.weight, self.links(self.output.bias), self.ranks), *further)
 
 
 class TiedLMHead(LMHead):
@@ -92,8 +96,12 @@ class TiedLMHead(LMHead):
         self.narrow = embedding.make_narrowing(linear)
         self.bias = nn.Parameter(torch.empty(vocab_size)) if config.bias else None
 
+    def tp_plan(self) -> Plan:
+        return {"": GATHER, "narrow": SEQ, "bias": COL, "logit_scale": COL}
+
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
-        return consume(self.narrow(x), Output(embedding.weight, self.links(self.bias)), *map(self.narrow, further))
+        output = Output(embedding.weight, self.links(self.bias), self.ranks)
+        return consume(self.narrow(x), output, *map(self.narrow, further))
 
     def param_specs(self) -> dict[str, Spec]:
         return {} if self.bias is None else {"bias": Spec("bias", 1, self.bias.numel(), 0.0)}

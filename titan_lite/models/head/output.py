@@ -7,6 +7,8 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from titan_lite.models.ranks import ALONE, Ranks
+
 
 class LogitFunction:
     """An elementwise function of float32 logits (..., V), with a parameter (V,) or without."""
@@ -34,10 +36,12 @@ class Output(NamedTuple):
     """W (V, D)."""
     links: tuple[Link, ...] = ()
     """From x W^T to logits, the first one first; a bias is one of them."""
+    ranks: Ranks = ALONE
+    """Those that have a part of the rows of W each, and of the links' parameters."""
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V), in float32 where there are links."""
-        return through(self.links, F.linear(x, self.weight))
+        return self.ranks.whole(through(self.links, F.linear(x, self.weight)))
 
 
 def through(links: tuple[Link, ...], u: Tensor) -> Tensor:

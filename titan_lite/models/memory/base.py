@@ -12,6 +12,7 @@ from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Memory
 from titan_lite.models.memory.whitening import NoSummaries
+from titan_lite.models.ranks import Ranks
 
 if TYPE_CHECKING:
     from titan_lite.models.memory.decoding import Decoding
@@ -29,8 +30,9 @@ class Piece(NamedTuple):
 class LaneMemory(Component):
     """What the rows of a step's global batch know of the steps before: each goes on where it ended, a lane of the data.
 
-    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, summaries=)`, with the
-    choices of each executed layer, the dtype of activations and what `Config.statistics` put into the model.
+    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, ranks=, summaries=)`, with
+    the choices of each executed layer, the dtype of activations, the ranks that share the model, and what
+    `Config.statistics` put into it.
     """
 
     class Config(SlotConfig):
@@ -63,6 +65,11 @@ class LaneMemory(Component):
     def state(self, rows: range) -> dict[str, Tensor]:
         """All there is of this rank's `rows`, by name, (len(rows), ...) each."""
         return {}
+
+    def split_dim(self, name: str) -> int | None:
+        """The dimension of a tensor of the state of which each of the ranks that share the model has a part; None where
+        all of them have the same."""
+        return None
 
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         """Goes on from what `state` gave."""
@@ -104,6 +111,7 @@ class NoLaneMemory(LaneMemory):
         dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks,
         summaries: nn.Module,
     ):
         pass

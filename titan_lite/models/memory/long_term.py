@@ -17,6 +17,8 @@ from titan_lite.models.memory.base import Piece
 from titan_lite.models.memory.decoding import Decoding
 from titan_lite.models.memory.whitening import Whitening
 from titan_lite.models.memory.xl import XL, Kept, Recalled, XLMemory, newest
+from titan_lite.models.ranks import Ranks
+from titan_lite.parallel.plan import DEGREE, degree
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -136,6 +138,9 @@ class LongTerm(XL):
                         f"must divide {key} = {tokens}: what falls out of memory, and what comes in, are whole segments"
                     )
                     yield Problem(CROSS_FIELD, ".segment", why, self.segment, f"a divisor of {tokens}")
+            if degree(job) > 1:
+                why = f"sums up whole segments, but with {DEGREE} = {degree(job)} each rank has some of the tokens"
+                yield Problem(CROSS_FIELD, ".type", why, self.type, f'"xl", or {DEGREE} = 1')
             if self.retrieve > self.segments:
                 why = f"is more than there are: model.memory.segments = {self.segments}"
                 yield Problem(CROSS_FIELD, ".retrieve", why, self.retrieve, f"at most {self.segments}")
@@ -152,16 +157,17 @@ class LongTerm(XL):
         dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks,
         summaries: nn.Module,
     ):
-        super().__init__(config, layers, dim, device, dtype, summaries)
+        super().__init__(config, layers, dim, device, dtype, ranks, summaries)
         assert isinstance(summaries, Whitening)
-        self.layers, self.dim, self.whitening = layers, dim, summaries
+        self.layers, self.dim, self.ranks, self.whitening = layers, dim, ranks, summaries
 
     def others(self, **changes: bool) -> LongTerm:
         """The empty memory of other rows, for weights that stay: nothing has to be made anew."""
         config = self.config.model_copy(update={"recompute_kv": False, **changes})
-        return LongTerm(config, self.layers, self.dim, self.device, self.dtype, self.whitening)
+        return LongTerm(config, self.layers, self.dim, self.device, self.dtype, self.ranks, self.whitening)
 
     def reading(self, tokens: Tensor, targets: Tensor, documents: Tensor, seq_len: int) -> Iterator[Piece]:
         lanes, numbers = self.others(), torch.arange(len(tokens))

@@ -9,11 +9,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.attention import HeadAttention
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Projects
 from titan_lite.models.memory.base import LaneMemory, SlotMemory
+from titan_lite.models.ranks import Ranks
+from titan_lite.parallel.plan import DEGREE, degree, divisors
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -208,6 +211,18 @@ class XL(LaneMemory):
                     f"tokens see less than the {span} that model.memory.length + training.seq_len make in training"
                 )
 
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            if self.recompute_kv or degree(job) == 1:
+                return
+            for attention in {layer.attention for layer in job.model.each_layer()}:
+                assert isinstance(attention, HeadAttention.Config)
+                groups, _ = attention.kept(job.model.dim).k
+                if groups % degree(job):
+                    why = "with recompute_kv = false remembers keys in equal parts on each rank, and "
+                    why += f"{DEGREE} = {degree(job)} does not divide the {groups} key/value heads of model.attention"
+                    allowed = f"model.memory.recompute_kv = true, or {DEGREE} = {divisors(groups)}"
+                    yield Problem(CROSS_FIELD, ".type", why, self.type, allowed)
+
     def __init__(
         self,
         config: Config,
@@ -215,10 +230,11 @@ class XL(LaneMemory):
         dim: int,
         device: torch.device,
         dtype: torch.dtype,
+        ranks: Ranks,
         summaries: nn.Module,
     ):
         self.config, self.device, self.dtype = config, device, dtype
-        self.shapes = [_shapes(config, layer.attention, dim) for layer in layers]
+        self.shapes = [_shapes(config, layer.attention, dim, ranks) for layer in layers]
         self.slots: dict[int, XLMemory] = {}
         self.saved: Mapping[str, Tensor] = {}
         self.first_row = 0
@@ -260,14 +276,17 @@ class XL(LaneMemory):
         parts = [self.slots[first].tensors() for first in sorted(self.slots)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
+    def split_dim(self, name: str) -> int | None:
+        return 1 if name.endswith((".k", ".v")) else None
+
     def restore(self, state: Mapping[str, Tensor], rows: range) -> None:
         self.slots, self.saved, self.first_row = {}, state, rows.start
 
 
-def _shapes(config: XL.Config, attention: object, dim: int) -> dict[str, tuple[int, ...]]:
-    """Of what one layer keeps for a row."""
+def _shapes(config: XL.Config, attention: object, dim: int, ranks: Ranks) -> dict[str, tuple[int, ...]]:
+    """Of what one layer keeps for a row, on each rank."""
     if config.recompute_kv:
         return {"x": (config.kept, dim)}
     assert isinstance(attention, HeadAttention.Config)
     kept = attention.kept(dim)._asdict()
-    return {name: (n_heads, config.kept, width) for name, (n_heads, width) in kept.items()}
+    return {name: (n_heads // ranks.size, config.kept, width) for name, (n_heads, width) in kept.items()}

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 Gain = Literal["vector", "scalar", "none"]
 
 
-class Norm(Module):
+class Norm(OnTokens):
     """(..., D) -> (..., D) in the dtype of the input."""
 
     class Config(SlotConfig):

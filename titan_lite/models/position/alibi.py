@@ -10,6 +10,7 @@ from torch import Tensor
 
 from titan_lite.models.context import LayerMemory
 from titan_lite.models.position.base import Position, ScoreBias
+from titan_lite.models.ranks import Ranks
 
 
 class ALiBi(Position):
@@ -25,7 +26,11 @@ class ALiBi(Position):
     def __init__(self, config: Config, n_heads: int, head_dim: int):
         super().__init__()
         self.key = "alibi"
-        self.bias = ALiBiBias(n_heads)
+        self.bias: ALiBiBias = ALiBiBias(n_heads)
+
+    def split(self, ranks: Ranks) -> None:
+        super().split(ranks)
+        self.bias.split(ranks)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, memory: LayerMemory, prepared: Any
@@ -37,16 +42,23 @@ class ALiBiBias(ScoreBias):
     """-slope_h * |i - j|."""
 
     def __init__(self, n_heads: int):
-        self.n_heads = n_heads
+        self.first, self.n_heads = 0, n_heads
         self.slopes = slopes(n_heads)
         self.key = f"alibi {n_heads}"
         self.power = 2 ** int(math.log2(n_heads))
+
+    def split(self, ranks: Ranks) -> None:
+        """Leaves one rank's heads."""
+        self.n_heads //= ranks.size
+        self.first = ranks.rank * self.n_heads
+        self.slopes = self.slopes[self.first : self.first + self.n_heads]
 
     def grid(self, q: Tensor, k: Tensor) -> Tensor:
         return self.element(torch.arange(self.n_heads, device=q.device)[:, None, None], q, k)
 
     def element(self, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
         # Computed, not looked up: no table has to be brought to the device or captured by a compiled kernel.
+        head = head + self.first if self.first else head
         regular = 8 * (head + 1)
         exponent = torch.where(head < self.power, regular, regular - 8 * self.power - 4) / self.power
         return -torch.exp2(-exponent) * (q - k).abs()

@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from titan_lite.models.module import Module
+from titan_lite.models.module import Module, OnTokens
 from titan_lite.models.position.rotation import Tables
 from titan_lite.models.position.scaling import Scaling
 from titan_lite.models.spec import Spec
@@ -30,7 +30,7 @@ class FixedFrequencies(Module):
         return prepared
 
 
-class LearnedFrequencies(Module):
+class LearnedFrequencies(OnTokens):
     """Each layer turns by f_j * exp(log_factor_j). Source: MegaTransformer (github.com/Mekadrom/megatransformer).
 
     log_factor starts at 0. The logarithm is ours: a step of the optimizer changes fast and slow frequencies in

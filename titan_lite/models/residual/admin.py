@@ -13,6 +13,7 @@ from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveInt
 from titan_lite.models.calibrated import Calibrated, Forward, Total, fill
 from titan_lite.models.context import Context
+from titan_lite.models.module import OnTokens
 from titan_lite.models.norm import Norm
 from titan_lite.models.residual.base import Branch, Residual
 from titan_lite.models.residual.branch_scale import BranchScale, NoScale, ReZero
@@ -82,7 +83,7 @@ class Admin(Residual):
         return self.norm(self.sum(x, self.scaled(branch(x, context), context)))
 
 
-class WeightedSum(Calibrated):
+class WeightedSum(Calibrated, OnTokens):
     """(x, y) -> omega * x + y, (B, T, D) all."""
 
     def __init__(self, config: Admin.Config, dim: int, n_layers: int):

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 
-class BranchScale(Module):
+class BranchScale(OnTokens):
     """(B, T, D) -> (B, T, D). Built as `build(dim=, n_layers=)`, `n_layers` counting the executed ones."""
 
     class Config(SlotConfig):

@@ -12,6 +12,7 @@ from titan_lite.models.learned_scale import LearnedScale
 from titan_lite.models.norm import L2Norm, Norm
 from titan_lite.models.residual.base import Branch, Residual
 from titan_lite.models.residual.branch_scale import BranchScale
+from titan_lite.parallel.plan import SEQ, Plan
 
 
 class NGPTResidual(Residual):
@@ -31,6 +32,9 @@ class NGPTResidual(Residual):
         super().__init__(config, dim, norm, n_layers, scale, place)
         self.norm = L2Norm.Config().build(dim=dim)
         self.alpha = LearnedScale(dim, config.alpha_init, dim**-0.5)
+
+    def tp_plan(self) -> Plan:
+        return {"alpha": SEQ}
 
     def forward(self, x: Tensor, branch: Branch, context: Context) -> Tensor:
         target = self.norm(branch(x, context))

@@ -36,6 +36,11 @@ class Same(nn.Module):
         super().__init__()
         self._owner = (owner,)  # in a tuple, so that its parameters are not registered here too
 
+    @property
+    def owner(self) -> nn.Module:
+        """The module that has the parameters."""
+        return self._owner[0]
+
     def forward(self, *args: Any) -> Any:
         return self._owner[0](*args)
 

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 class Balance(Module):
-    """A loss on the routing of a micro-batch, beside the objective."""
+    """A loss on the routing of a micro-batch, beside the objective.
+
+    With tensor parallelism each rank has tokens of its own of every row, and the losses of the ranks are added up.
+    """
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "balance"
@@ -47,9 +50,10 @@ class SequenceBalance(Balance):
 
     def loss(self, routing: Routing, n_rows: int) -> Tensor:
         E, k = routing.scores.shape[-1], routing.experts.shape[-1]
-        T = len(routing.experts) // n_rows
-        chosen = counts(routing.experts.view(n_rows, T * k), E)  # (rows, E)
-        mean = routing.probabilities().unflatten(0, (n_rows, T)).mean(1)  # (rows, E)
+        own = len(routing.experts) // n_rows
+        T = own * self.ranks.size
+        chosen = self.ranks.sum_alike(counts(routing.experts.view(n_rows, own * k), E))  # (rows, E)
+        mean = routing.probabilities().unflatten(0, (n_rows, own)).sum(1) / T  # (rows, E), this rank's share of it
         return self.coefficient * T * (chosen * (E / (k * T)) * mean).sum()
 
 
@@ -74,8 +78,9 @@ class BatchBalance(Balance):
 
     def loss(self, routing: Routing, n_rows: int) -> Tensor:
         E, k = routing.scores.shape[-1], routing.experts.shape[-1]
-        chosen = counts(routing.experts.flatten()[None], E)[0]  # (E,)
-        return self.coefficient * (chosen * (E / k) * routing.probabilities().mean(0)).sum()
+        chosen = self.ranks.sum_alike(counts(routing.experts.flatten()[None], E)[0])  # (E,)
+        mean = routing.probabilities().mean(0) / self.ranks.size  # this rank's share of it
+        return self.coefficient * (chosen * (E / k) * mean).sum()
 
 
 class RouterZLoss(Balance):

@@ -15,7 +15,7 @@ from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.activation import Activation, activation
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def _aligned(value: int) -> int:
     return value
 
 
-class Experts(Module):
+class Experts(OnTokens):
     """Tokens sorted by expert (M, D) and where each expert's end (E,) -> (M, D)."""
 
     class Config(SlotConfig):

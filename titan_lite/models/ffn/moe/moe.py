@@ -22,6 +22,7 @@ from titan_lite.models.ffn.moe.router import Router, Routing, SoftmaxRouter
 from titan_lite.models.ffn.moe.tally import Tally
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
+from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -51,6 +52,7 @@ class MoE(FFN):
         """Inner width of the shared experts together, a gated network (SiLU) for every token; 0 = none."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            yield from split_problems(job, ".shared_hidden", self.shared_hidden)
             if self.top_k > self.n_experts:
                 why = f"is more than n_experts = {self.n_experts}"
                 yield Problem(CROSS_FIELD, ".top_k", why, self.top_k, f"1 to {self.n_experts}")

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.fields import PositiveFloat, PositiveInt
-from titan_lite.models.module import Module
+from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
 
 
@@ -31,7 +31,7 @@ class Routing(NamedTuple):
         return _normalized(self.scores)
 
 
-class Router(Module):
+class Router(OnTokens):
     """Tokens (N, D) -> Routing. Computed in float32: a rounded score can change which experts are chosen.
 
     A token goes to the top_k experts with the largest score plus offset; weights come from the scores alone.

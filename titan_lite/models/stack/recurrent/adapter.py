@@ -10,6 +10,7 @@ from torch import Tensor
 from titan_lite.config.component import SlotConfig
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Module
+from titan_lite.parallel.plan import SEQ, Plan
 
 
 class Adapter(Module):
@@ -29,6 +30,9 @@ class Concat(Adapter):
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
         self.linear = linear.build(2 * dim, dim)
+
+    def tp_plan(self) -> Plan:
+        return {"linear": SEQ}
 
     def forward(self, state: Tensor, e: Tensor) -> Tensor:
         return self.linear(torch.cat((state, e), dim=-1))

@@ -60,7 +60,7 @@ class RandomState(State):
         self.draw = Draw("state")
 
     def forward(self, e: Tensor, context: Context) -> Tensor:
-        number = context.positions[:, None] * self.dim + torch.arange(self.dim, device=e.device)  # (T, D)
+        number = context.own_positions[:, None] * self.dim + torch.arange(self.dim, device=e.device)  # (T, D)
         bits = self.draw.bits_of(self.noise(context), number.flatten().to(torch.int32))
         # Odd multiples of 2^-24 from -1 to 1, without the ends: exact in float32, and no normal is infinite.
         uniform = (2 * (bits >> 8) + 1).float() * 2.0**-24
