@@ -11,6 +11,7 @@ from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import Strings
 from titan_lite.config.machine import cuda_capability, has_cuda, is_installed
+from titan_lite.parallel.plan import DEGREE, degree
 from titan_lite.parallel.selection import Reject, Selection, names_nothing, not_multiples_of, select, too_small
 
 if TYPE_CHECKING:
@@ -47,6 +48,9 @@ class LinearConverter(ConfigBase):
 
     def layer_problems(self, job: Job) -> Iterable[Problem]:
         """What is wrong with the set of layers."""
+        if degree(job) > 1:
+            why = f"scales whole rows and matrices, of which with {DEGREE} = {degree(job)} a rank has parts"
+            yield Problem(CROSS_FIELD, "model.converters", why, list(job.model.converters), f"[], or {DEGREE} = 1")
         model = _model_of(job)
         if model is None:
             return

@@ -30,8 +30,8 @@ class Piece(NamedTuple):
 class LaneMemory(Component):
     """What the rows of a step's global batch know of the steps before: each goes on where it ended, a lane of the data.
 
-    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, ranks=, summaries=)`, with
-    the choices of each executed layer, the dtype of activations, the ranks that share the model, and what
+    Belongs to the training, not to the model. Built as `build(layers=, dim=, device=, dtype=, ranks=, summaries=)`,
+    with the choices of each executed layer, the dtype of activations, the ranks that share the model, and what
     `Config.statistics` put into it.
     """
 
