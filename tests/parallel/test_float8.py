@@ -415,6 +415,11 @@ def test_other_converters_are_refused(converters: list[str], code: str, words: s
     assert words in found["model.converters"]
 
 
+def test_a_part_of_a_matrix_has_no_scale_of_the_whole():
+    tables = sections(FLOAT8) | {"parallelism": {"tensor_parallel_degree": 2}}
+    assert "parallelism.tensor_parallel_degree" in refusals(tables)["model.converters"]
+
+
 def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch):
     mx = sections(MX) | {"training": {"seq_len": 32}}
     assert refusals(mx)["quantize.linear.mx.recipe_name"].startswith("E014")
