@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, Found]] = {
         "[training]\nseq_len = 7\n[parallelism]\ntensor_parallel_degree = 2",
         [("E005", 2, "training.seq_len")],
     ),
-    "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E011", 2, "activation_checkpoint.mode")]),
+    "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E005", 2, "activation_checkpoint.mode")]),
     "converters": ('[model]\nconverters = ["quantize.grouped_mm.float8"]', [("E011", 2, "model.converters")]),
     "converter": ('[model]\nconverters = ["float9"]', [("E003", 2, "model.converters")]),
     "step in backward": (
