@@ -24,6 +24,7 @@ from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
 from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.optim.groups import parameter_groups
+from titan_lite.optim.host import HostStates
 from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
 from titan_lite.parallel.compile import loss_compiler
@@ -97,6 +98,8 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         model.embedding.warm_start()
         after_step(model, world.total_tensor)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
+    if job.training.enable_optimizer_offload:
+        optimizer = HostStates(optimizer)
     cross_entropy = partial(CrossEntropy, job.training.loss_chunk_tokens, loss_compiler(job.compile))
     return Training(
         world=world,

@@ -202,13 +202,17 @@ class Transformer(Module):
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 
     def shard_units(self) -> Iterator[nn.Module]:
-        """What is gathered together, in the order of the forward; other parameters belong to the model itself.
+        """What is gathered together, in the order of the first use; other parameters belong to the model itself."""
+        yield from dict.fromkeys(self.unit_order())
+
+    def unit_order(self) -> Iterator[nn.Module]:
+        """The units as a forward runs them; those of an iterated core as two iterations.
 
         A tied embedding is used at both ends, so it stays with the model, gathered from the first use to the last.
         """
         if not self.tied:
             yield self.embedding
-        yield from self.stack.units()
+        yield from self.stack.order()
         if not self.tied:
             yield self.head
 

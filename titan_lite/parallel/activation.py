@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import nn
+from torch.autograd.graph import region_activation_memory_budget
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.config import ActivationCheckpoint
+from titan_lite.parallel.offload import offload_activations
+
+MATRIX_PRODUCTS = {
+    torch.ops.aten.mm.default: 1,
+    torch.ops.aten.addmm.default: 2,
+    torch.ops.aten._scaled_mm.default: 1,
+    torch.ops.titan_lite.grouped_mm.default: 1,
+}
+"""Of linear layers without and with a bias, in float8, and of a layer's experts; with the weight's place among the
+arguments. Most of the time, and results as wide as the layer: every second one is kept, which halves both what is kept
+and what is computed again. Layers named by `per_op_sac_force_recompute_mm_shapes_by_fqns` are left out of the count:
+their product is computed again, as is that of any layer with a weight of the same shape (a product does not know its
+layer). That pays for small products whose result would be kept in place of a large one's, such as a router's."""
 
 SAVED_OPS = {
-    torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
@@ -23,35 +38,60 @@ SAVED_OPS = {
     torch.ops.aten._scaled_dot_product_fused_attention_overrideable.default,
     torch.ops.higher_order.flex_attention,
     torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    torch.ops._c10d_functional.all_to_all_single.default,
 }
-"""What `selective` with option `op` keeps: communication, attention, and every second matrix product."""
+"""Kept always. Fused attention, under the name it has on each device: its time grows with the square of the sequence,
+its result does not. Collectives whose result is small beside the time that all ranks would wait for it once more.
+
+Everything else is computed again: norms, activations, rotations, masks and the scores of unfused attention, which take
+little time for their size."""
 
 
 def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
     """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
+    for index, block in model.stack.blocks.items():
+        if config.mode == "memory_budget":
+            block.forward = _budgeted(block.forward, config.memory_budget)
+        elif int(index) in _chosen(model.stack.executed, config):
+            block.forward = _checkpointed(block.forward, _keywords(model, f"stack.blocks.{index}", block, config))
+    if config.offload:
+        offload_activations(model)
+
+
+def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:
+    """Has the compiler draw the time that each memory budget costs, one picture per graph, where that is asked for."""
+    if config.mode == "memory_budget" and config.visualize_memory_budget_pareto:
+        settings: Any = torch._functorch.config  # type: ignore[attr-defined]
+        settings.visualize_memory_budget_pareto = True
+        settings.memory_budget_pareto_dir = str(folder / "memory_budget_pareto")
+        settings.enable_autograd_cache = False  # a graph out of the cache is not partitioned, and not drawn
+
+
+def _chosen(executed: Sequence[int], config: ActivationCheckpoint) -> set[int]:
+    """The blocks to checkpoint."""
     if config.mode == "none":
-        return
+        return set()
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
-        chosen = set(model.stack.executed[every - 1 :: every])
-    else:
-        chosen = set(model.stack.executed)
-    for index, block in model.stack.blocks.items():
-        if int(index) not in chosen:
-            continue
-        keywords: dict[str, Any] = {
-            "use_reentrant": False,
-            "preserve_rng_state": config.preserve_rng_state,
-            "determinism_check": config.determinism_check,
-            "early_stop": config.early_stop,
-            "debug": config.debug,
-        }
-        if config.mode == "selective" and config.selective_ac_option == "op":
-            patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
-            shapes = _weight_shapes(f"stack.blocks.{index}", block, patterns)
-            shapes |= _weight_shapes("stack.shared", getattr(model.stack, "shared", nn.Module()), patterns)
-            keywords["context_fn"] = partial(_per_op_contexts, shapes)
-        block.forward = _checkpointed(block.forward, keywords)
+        return set(executed[every - 1 :: every])
+    return set(executed)
+
+
+def _keywords(model: Transformer, path: str, block: nn.Module, config: ActivationCheckpoint) -> dict[str, Any]:
+    """What torch's checkpoint of a block is called with."""
+    keywords: dict[str, Any] = {
+        "use_reentrant": False,
+        "preserve_rng_state": config.preserve_rng_state,
+        "determinism_check": config.determinism_check,
+        "early_stop": config.early_stop,
+        "debug": config.debug,
+    }
+    if config.mode == "selective" and config.selective_ac_option == "op":
+        patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
+        shapes = _weight_shapes(path, block, patterns)
+        shapes |= _weight_shapes("stack.shared", getattr(model.stack, "shared", nn.Module()), patterns)
+        keywords["context_fn"] = partial(_per_op_contexts, shapes)
+    return keywords
 
 
 def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Callable[..., Any]:
@@ -63,6 +103,17 @@ def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Call
     return checkpointed
 
 
+def _budgeted(forward: Callable[..., Any], budget: float) -> Callable[..., Any]:
+    """`forward` as a region in which the compiler keeps that share of the activations."""
+    share = str(budget)  # the compiler takes a float for an input of the graph once it has seen two
+
+    def budgeted(*args: Any) -> Any:
+        with region_activation_memory_budget(float(share)):
+            return forward(*args)
+
+    return budgeted
+
+
 def _weight_shapes(path: str, block: nn.Module, patterns: Sequence[str]) -> set[torch.Size]:
     """Shapes (d_in, d_out) of the matrices of the block at `path` whose full name contains one of `patterns`."""
     matrices = ((f"{path}.{name}", module) for name, module in block.named_modules() if isinstance(module, nn.Linear))
@@ -70,15 +121,13 @@ def _weight_shapes(path: str, block: nn.Module, patterns: Sequence[str]) -> set[
 
 
 def _per_op_contexts(recomputed_shapes: set[torch.Size]) -> tuple[Any, Any]:
-    counts: dict[str, int] = defaultdict(int)
+    counter = itertools.count()
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-        if op is torch.ops.aten.mm.default:
-            if args[1].shape in recomputed_shapes:
-                return CheckpointPolicy.PREFER_RECOMPUTE
-            phase = "recompute" if context.is_recompute else "forward"
-            counts[phase] += 1
-            return CheckpointPolicy.PREFER_RECOMPUTE if counts[phase] % 2 == 0 else CheckpointPolicy.MUST_SAVE
-        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+        if (weight := MATRIX_PRODUCTS.get(op)) is None:
+            return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+        if args[weight].shape in recomputed_shapes or next(counter) % 2:
+            return CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)

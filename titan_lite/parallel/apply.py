@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from titan_lite.models.transformer import Transformer
-from titan_lite.parallel.activation import apply_activation_checkpointing
+from titan_lite.parallel.activation import apply_activation_checkpointing, draw_memory_budgets
 from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
 from titan_lite.parallel.precision import Precision
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
     apply_activation_checkpointing(model, job.activation_checkpoint)
+    draw_memory_budgets(job.activation_checkpoint, Path(job.job.dump_folder))
     compile_blocks(model, job.compile)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, Problem
+from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
+from titan_lite.config.machine import has_cuda, is_installed
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+
+_PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
+"""Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
 
 _NOT_YET = (
     "tensor_parallel_degree",
@@ -27,9 +31,11 @@ class Parallelism(ConfigBase):
     """[parallelism]: degrees of the layout; their product is the world size. Keys of torchtitan."""
 
     data_parallel_replicate_degree: PositiveInt = 1
-    """Groups of ranks that hold the same weights and see different data."""
+    """Groups of ranks that hold the same weights and see different data. Alone (all ranks replicas, nothing sharded)
+    this is DDP: no weights are gathered, and gradients are summed over all ranks once per step, a sum per block."""
     data_parallel_shard_degree: PositiveOrMinusOne = -1
-    """Ranks over which weights, gradients and optimizer states are sharded (FSDP2); -1 = all the others leave."""
+    """Ranks over which weights, gradients and optimizer states are sharded (FSDP2); -1 = all the others leave. With
+    replicas of these groups it is HSDP."""
     fsdp_reshard_after_forward: Literal["default", "always", "never"] = "default"
     """Free the gathered weights after forward: default = always, but never with pipeline stages."""
     tensor_parallel_degree: PositiveInt = 1
@@ -138,20 +144,60 @@ class ActivationCheckpoint(ConfigBase):
     """Check that recomputed tensors look like the first ones."""
     debug: bool = False
     """Tell more when recomputed tensors differ."""
+    offload: bool = False
+    """Keep in host memory what the blocks leave for backward, whatever `mode` has them leave: with "full" the input of
+    each block. The copies run beside the computation, out and back, and cost the bus's time where that is longer."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        yield from self._compiler_problems(job)
+        if self.offload and self.mode == "selective" and self.selective_ac_option == "op":
+            why = 'cannot move what activation_checkpoint.selective_ac_option = "op" keeps: torch holds these results '
+            why += "in a store of their own, which no hook on saved tensors sees"
+            yield Problem(CROSS_FIELD, ".offload", why, True, "false, or another mode or selective_ac_option")
+        if self.mode == "selective" and self.selective_ac_option != "op":
+            yield from self._uneven_problems(job)
+
+    def _compiler_problems(self, job: Job) -> Iterator[Problem]:
+        """Where the compiler is to choose what is kept, or torch.compile leaves a setting out."""
+        compiled = job.compile.enable and "model" in job.compile.components
         if self.mode == "memory_budget":
-            yield Problem(NOT_AVAILABLE, ".mode", "is not available yet", self.mode, '"none", "full" or "selective"')
-        elif self.mode == "selective" and self.selective_ac_option != "op":
-            every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
-            if every > 1 and set(executed[every - 1 :: every]) & {b for i, b in enumerate(executed) if (i + 1) % every}:
-                kind = job.model.stack.model_dump()["type"]
-                why = f'counts executed layers, but with model.stack.type = "{kind}" a block runs several times, which '
-                why += "may not be now checkpointed and now not"
-                allowed = '"op", a number that meets the same blocks each time, or mode "full" or "none"'
-                yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
+            if not compiled:
+                why = "is a choice of torch.compile's partitioner, but the model is not compiled"
+                allowed = 'compile.enable = true with "model" in compile.components, or another mode'
+                yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
+            elif job.compile.backend not in _PARTITIONING:
+                why = (
+                    f"is a choice of torch.compile's partitioner, which compile.backend = {show(job.compile.backend)} "
+                )
+                why += "does not run"
+                yield Problem(
+                    CROSS_FIELD, ".mode", why, self.mode, f"one of {', '.join(_PARTITIONING)}, or another mode"
+                )
+            if self.visualize_memory_budget_pareto and not is_installed("matplotlib"):
+                why = "torch draws the curve with matplotlib, which is not installed"
+                yield Problem(NOT_HERE, ".visualize_memory_budget_pareto", why, True, "false")
+        elif compiled and self.mode != "none":
+            # What torch's checkpoint does in a graph is fixed while it is traced; only defaults are the truth there.
+            for key, default in (("early_stop", False), ("preserve_rng_state", True), ("debug", False)):
+                if (value := getattr(self, key)) is not default:
+                    why = "does not take effect in a compiled model: torch.compile traces checkpoints with "
+                    why += f"{key} = {show(default)}"
+                    yield Problem(CROSS_FIELD, f".{key}", why, value, f"{show(default)}, or compile.enable = false")
+
+    def _uneven_problems(self, job: Job) -> Iterator[Problem]:
+        every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
+        if every > 1 and set(executed[every - 1 :: every]) & {b for i, b in enumerate(executed) if (i + 1) % every}:
+            kind = job.model.stack.model_dump()["type"]
+            why = f'counts executed layers, but with model.stack.type = "{kind}" a block runs several times, which '
+            why += "may not be now checkpointed and now not"
+            allowed = '"op", a number that meets the same blocks each time, or mode "full" or "none"'
+            yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.offload and not has_cuda():
+            yield "activation_checkpoint.offload has no effect: there is no CUDA device on this machine"
+        if self.visualize_memory_budget_pareto and self.mode != "memory_budget":
+            yield '.visualize_memory_budget_pareto has no effect: mode is not "memory_budget"'
         every, layers = self.selective_ac_option, len(job.model.stack.executed(job.model.n_layers))
         if self.mode == "selective" and every != "op" and int(every) > layers:
             yield f"activation_checkpoint.selective_ac_option = {every} checkpoints none of the model's {layers} layers"

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import Shard
 
+from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 
 
@@ -44,11 +48,78 @@ def apply_fsdp(
         reshard = reshard_after_forward == "always" or (reshard_after_forward == "default" and not kept)
         shard(unit, reshard_after_forward=reshard)
     shard(model, reshard_after_forward=False)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            # The loss is already divided by the global token count, so gradients are summed, never averaged.
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in _sharded(model):
+        # The loss is already divided by the global token count, so gradients are summed, never averaged.
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    if not model.tied and _only_tables(model.embedding):
+        cast(FSDPModule, model.embedding).set_unshard_in_backward(False)
+    if reshard_after_forward != "always":
+        _keep_through_backward(model, [unit for unit in units if unit in several])
+    _prefetch(model)
+
+
+def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def gathered_parameters(model: nn.Module) -> Iterator[Tensor | None]:
+    """The whole tensor of each sharded parameter, whose storage is empty while it is not gathered; None before that
+    happened for the first time."""
+    for module in _sharded(model):
+        for group in module._get_fsdp_state()._fsdp_param_groups:
+            yield from (getattr(parameter, "_unsharded_param", None) for parameter in group.fsdp_params)
+
+
+def _only_tables(embedding: nn.Module) -> bool:
+    """Whether rows are all it takes of its parameters: backward needs their numbers, not what is in them."""
+    return {spec.role for spec in collect_specs(embedding).values()} == {"embed"}
+
+
+def _keep_through_backward(model: Transformer, units: Sequence[nn.Module]) -> None:
+    """Keeps units that run several times whole to the end of backward; FSDP would gather them for each run again."""
+    if not units:
+        return
+    kept = [cast(FSDPModule, unit) for unit in units]
+
+    def shard_again() -> None:
+        for unit in kept:
+            unit.reshard()
+
+    def at_the_end_of_backward(_: Tensor) -> None:
+        Variable._execution_engine.queue_callback(shard_again)
+
+    def watch(_: nn.Module, args: Any, x: Tensor) -> None:
+        if x.requires_grad:
+            x.register_hook(at_the_end_of_backward)
+
+    for unit in kept:
+        unit.set_reshard_after_backward(False, recurse=False)
+    model.stack.register_forward_hook(watch)
+
+
+def _prefetch(model: Transformer) -> None:
+    """Makes each unit ask for the parameters of the next before it computes, where the next is always the same.
+
+    Where it is not (a block that now another block follows and now the head), FSDP's own way stays: the gathering of a
+    unit starts when the host reaches it, which is ahead of the device. Asking for one of several would gather units in
+    vain or hold them for long. In backward FSDP goes back through what it recorded in forward, repeated units included.
+    Only where forward ran units without gradients, as a recurrent core's first iterations, would that gather for
+    nothing: they ask for what comes before their first run.
+    """
+    order = [model, *model.unit_order()]
+    following: dict[nn.Module, list[nn.Module]] = defaultdict(list)
+    preceding: dict[nn.Module, list[nn.Module]] = defaultdict(list)
+    for unit, after in pairwise(order):
+        if after is not unit:
+            following[unit].append(after)
+            preceding[after].append(unit)
+    for unit, units in following.items():
+        if len(set(units)) == 1:
+            cast(FSDPModule, unit).set_modules_to_forward_prefetch([cast(FSDPModule, units[0])])
+    for unit, runs in model.stack.executions().items():
+        if runs.forward > runs.graded and len(set(preceding[unit])) > 1:
+            cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, preceding[unit][0])])
 
 
 def _by_dtype(meshes: Mapping[torch.dtype, DeviceMesh]) -> Callable[[nn.Parameter], ShardPlacementResult]:
@@ -84,6 +155,5 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def reshard(model: nn.Module) -> None:
     """Frees whole parameters that a forward without a backward has left behind."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in _sharded(model):
+        module.reshard()

@@ -127,6 +127,8 @@ class World:
         if self.mesh is None:
             return "one process"
         replicate, shard = self.mesh.shape
+        if shard == 1 < replicate:
+            return f"DDP {replicate}"
         return f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
 
     @property

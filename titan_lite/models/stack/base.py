@@ -55,8 +55,8 @@ class Stack(Module):
         """What a step's forwards are told about how long to iterate; a function of its arguments alone."""
         return None
 
-    def units(self) -> Iterator[nn.Module]:
-        """The parts whose parameters are gathered together, in the order of their first use."""
+    def order(self) -> Iterator[nn.Module]:
+        """The parts whose parameters are gathered together, as a forward runs them; what iterates, as two iterations."""
         yield from self.blocks.values()
 
     def executions(self, iterations: Iterations | None = None) -> dict[nn.Module, Executions]:

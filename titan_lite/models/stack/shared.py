@@ -116,19 +116,12 @@ class SharingStack(Stack):
             context.memory.keep(index, carry)
         return x
 
-    def units(self) -> Iterator[nn.Module]:
-        seen: set[nn.Module] = set()
+    def order(self) -> Iterator[nn.Module]:
         for index, number in enumerate(self.executed):
-            for unit in (*self.holders(index), self.blocks[str(number)]):
-                if unit not in seen:
-                    yield unit
-                seen.add(unit)
+            yield from (*self.holders(index), self.blocks[str(number)])
 
     def executions(self, iterations: Iterations | None = None) -> dict[nn.Module, Executions]:
-        uses: Counter[nn.Module] = Counter()
-        for index, number in enumerate(self.executed):
-            uses.update((*self.holders(index), self.blocks[str(number)]))
-        return {unit: Executions(n, n) for unit, n in uses.items() if n > 1}
+        return {unit: Executions(n, n) for unit, n in Counter(self.order()).items() if n > 1}
 
 
 def _differing(one: SlotConfig, other: SlotConfig) -> list[str]:

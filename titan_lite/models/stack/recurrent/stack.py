@@ -138,11 +138,12 @@ class RecurrentStack(Stack):
     def iterations(self, seed: int, step: int) -> Iterations | None:
         return self.sampling.draw(seed, step)
 
-    def units(self) -> Iterator[nn.Module]:
-        for number, block in self.blocks.items():
-            if int(number) == self.core.start and any(True for _ in self.adapter.parameters()):
-                yield self.adapter
-            yield block
+    def order(self) -> Iterator[nn.Module]:
+        adapter = [self.adapter] if any(True for _ in self.adapter.parameters()) else []
+        core = [*adapter, *(self.blocks[str(number)] for number in self.core)]
+        yield from (self.blocks[str(number)] for number in self.before)
+        yield from core * 2
+        yield from (self.blocks[str(number)] for number in self.behind)
 
     def executions(self, iterations: Iterations | None = None) -> dict[nn.Module, Executions]:
         each = self.sampling.expected() if iterations is None else Executions(sum(iterations), iterations.graded)
