@@ -119,7 +119,7 @@ CASES: dict[str, tuple[str, Found]] = {
         "[parallelism]\ntensor_parallel_degree = 2",
         [("E011", 2, "parallelism.tensor_parallel_degree")],
     ),
-    "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E011", 2, "activation_checkpoint.mode")]),
+    "memory budget": ('[activation_checkpoint]\nmode = "memory_budget"', [("E005", 2, "activation_checkpoint.mode")]),
     "converters": ('[model]\nconverters = ["quantize.linear.float8"]', [("E011", 2, "model.converters")]),
     "step in backward": (
         "[optimizer]\nearly_step_in_backward = true",

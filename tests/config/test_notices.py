@@ -52,7 +52,15 @@ def test_deterministic_warn_only_alone_is_said() -> None:
         assert warnings == (() if deterministic else (said,))
 
 
-@pytest.mark.parametrize("key", ["training.enable_cpu_offload", "training.dataloader.pin_memory"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "training.enable_cpu_offload",
+        "training.enable_optimizer_offload",
+        "training.dataloader.pin_memory",
+        "activation_checkpoint.offload",
+    ],
+)
 def test_what_only_cuda_makes_use_of_is_said(cuda: bool, key: str) -> None:
     *tables, last = key.split(".")
     nested: dict[str, Any] = {last: True}

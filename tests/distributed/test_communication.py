@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 from torch import nn
 
-from tests.distributed.collectives import Collective, Collectives
+from benchmarks.collectives import Collective, Collectives
 from tests.runs import VOCAB, build_tiny, global_batch
 from titan_lite.step import MicroBatch, Training, step
 

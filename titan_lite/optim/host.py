@@ -87,11 +87,9 @@ def on_host(value: Tensor) -> Tensor:
 
 def on_device(value: Tensor, device: torch.device) -> Tensor:
     """A copy on the device."""
-    source = local(value)
-    copy = torch.empty(source.shape, dtype=source.dtype, device=device)
-    return _with_local(value, copy.copy_(source, non_blocking=True))
+    return _with_local(value, local(value).to(device, non_blocking=True))
 
 
 def _with_local(value: Tensor, part: Tensor) -> Tensor:
     """`value` with another local part: wherever that is, as `DTensor.from_local` would move it to the mesh's device."""
-    return DTensor(part, value._spec, requires_grad=False) if isinstance(value, DTensor) else part  # type: ignore[call-arg]
+    return DTensor(part, value._spec, requires_grad=False) if isinstance(value, DTensor) else part

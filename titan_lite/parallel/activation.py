@@ -61,7 +61,7 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
 def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:
     """Has the compiler draw the time that each memory budget costs, one picture per graph, where that is asked for."""
     if config.mode == "memory_budget" and config.visualize_memory_budget_pareto:
-        settings: Any = torch._functorch.config  # type: ignore[attr-defined]
+        settings: Any = torch._functorch.config
         settings.visualize_memory_budget_pareto = True
         settings.memory_budget_pareto_dir = str(folder / "memory_budget_pareto")
         settings.enable_autograd_cache = False  # a graph out of the cache is not partitioned, and not drawn

@@ -34,7 +34,7 @@ def offload_activations(model: Transformer) -> None:
         with saved_tensors_hooks(store.pack, store.unpack):
             return forward(*args)
 
-    stack.forward = offloaded  # type: ignore[method-assign]
+    stack.forward = offloaded
 
 
 class ParameterStorages:
@@ -63,7 +63,7 @@ class View(NamedTuple):
     dtype: torch.dtype
     size: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
 
 class HostStore:
@@ -97,7 +97,7 @@ class HostStore:
         self._last = None
         content = packed.stored.load()
         empty = torch.empty(0, dtype=packed.dtype, device=content.device)
-        return empty.set_(content.untyped_storage(), packed.offset, packed.size, packed.stride)  # type: ignore[call-overload]
+        return empty.set_(content.untyped_storage(), packed.offset, packed.size, packed.stride)
 
 
 class Stored:

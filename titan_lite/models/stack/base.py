@@ -56,7 +56,7 @@ class Stack(Module):
         return None
 
     def order(self) -> Iterator[nn.Module]:
-        """The parts whose parameters are gathered together, as a forward runs them; what iterates, as two iterations."""
+        """The parts whose parameters are gathered together, as a forward runs them; what iterates, twice."""
         yield from self.blocks.values()
 
     def executions(self, iterations: Iterations | None = None) -> dict[nn.Module, Executions]:
