@@ -9,8 +9,8 @@ now one first and now the other:
     loop      a loop as a person writes it over the same model: fully_shard on each part, AdamW, clip_grad_norm_
 
 Both start from the same weights and must end with the same loss. Ratios are of wall time on rank 0 within a round: a
-step ends on both ranks together, as each gathers from the other. After the timed rounds operators are counted in one more
-step of each, and collectives with their bytes in another, on rank 0.
+step ends on both ranks together, as each gathers from the other. After the timed rounds operators are counted in one
+more step of each, and collectives with their bytes in another, on rank 0.
 """
 
 from __future__ import annotations
