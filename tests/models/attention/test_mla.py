@@ -140,6 +140,21 @@ def test_decoding_equals_the_whole_text(form: str, monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+def test_a_narrow_latent_does_not_change_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take fewer FLOPs there as well, but the kernel that the config chose is for the whole text."""
+    count = Count(monkeypatch)
+    model, text = sharp_model(**tables(kv_rank=4)), tokens(12)
+    cache = KVCache(12)
+    whole = model(text, memory=cache)
+    assert count.calls == 0
+    cache = KVCache(12)
+    model(text[:, :2], memory=cache)
+    cache.advance(2)
+    torch.testing.assert_close(model(text[:, 2:], memory=cache), whole[:, 2:], atol=ATOL, rtol=0)
+    assert count.calls == 2
+
+
+@torch.no_grad()
 def test_a_cache_holds_the_latent_and_one_key() -> None:
     model = tiny_model(**tables(position={"frequencies": "learned"}))
     cache = KVCache(9)
@@ -158,8 +173,11 @@ def test_a_cache_holds_the_latent_and_one_key() -> None:
 
 @pytest.mark.parametrize("recompute_kv", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_segments_with_a_memory_equal_the_whole_text(form: str, recompute_kv: bool) -> None:
-    """In training, and where no gradient is wanted."""
+def test_segments_with_a_memory_equal_the_whole_text(
+    form: str, recompute_kv: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, by keys of heads, and where no gradient is wanted."""
+    count = Count(monkeypatch)
     table = FORMS[form]
     if "registers" in table:
         table = table | {"position": "none"}  # they are not turned, and positions are given out anew
@@ -170,6 +188,7 @@ def test_segments_with_a_memory_equal_the_whole_text(form: str, recompute_kv: bo
         with torch.set_grad_enabled(gradients):
             pieces = stream(model, lanes(length, changes, recompute_kv=recompute_kv), list(text.split(8, dim=1)))
             torch.testing.assert_close(torch.cat(list(pieces), dim=1), model(text), atol=ATOL, rtol=0)
+        assert (count.calls > 0) == (length == 24 and not gradients)
 
 
 @pytest.mark.parametrize("form", FORMS)
