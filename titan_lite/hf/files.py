@@ -37,7 +37,7 @@ class AsLoaded:
 
 @dataclass(frozen=True)
 class PerExpert:
-    """Files with matrices of each expert, which transformers stacks: `gate_up_proj` (E, 2F, D), `down_proj` (E, D, F)."""
+    """Files with matrices of each expert, which transformers stacks to `gate_up_proj` (E, 2F, D) and `down_proj`."""
 
     branch: str = "mlp"
     """The files' name of the feed-forward branch, which is `mlp` once loaded."""
@@ -136,9 +136,8 @@ class Stacked:
             return self.files.read(self._renamed[name], start, stop)
         experts = self._experts[name]
         stop = len(experts) if stop is None else stop
-        return torch.stack(
-            [torch.cat([self.files.read(one) for one in _in_order(experts[e])]) for e in range(start, stop)]
-        )
+        each = (_in_order(experts[expert]) for expert in range(start, stop))
+        return torch.stack([torch.cat([self.files.read(one) for one in matrices]) for matrices in each])
 
 
 def _in_order(matrices: Mapping[str, str]) -> list[str]:

@@ -120,15 +120,14 @@ class _Factor:
             return made(name, (name,), lambda x: x * number)
 
         def product(x: Tensor, factor: Tensor) -> Tensor:
-            return x * (
-                number * factor if last or factor.numel() == 1 else (number * factor).view(-1, *[1] * (x.dim() - 1))
-            )
+            whole = number * factor
+            return x * (whole if last or factor.numel() == 1 else whole.view(-1, *[1] * (x.dim() - 1)))
 
         return made(name, (name, self.parameter), product, rowwise=last, whole=1 if last else 0)
 
 
 class FoldedAdmin(Fold):
-    """norm(w * x + branch(x)) is norm(x' + branch(x' / w)) with x' = w * x, for which the norm before has the gain w * g.
+    """norm(w * x + branch(x)) is norm(x' + branch(x' / w)) with x' = w * x, made by a gain w * g of the norm before.
 
     The first w goes into the embedding; the last norm keeps its gain. Source: arXiv 2004.08249.
     """
