@@ -1,10 +1,9 @@
 #!/usr/bin/env python
 """Makes a checkpoint of a Hugging Face folder: scripts/convert_from_hf.py HF_DIR OUT_DIR
 
-OUT_DIR gets checkpoint/step-0, the tokenizer and a config.toml with which `./run_train.sh OUT_DIR/config.toml` continues
-training. HF_DIR holds config.json and safetensors; with --torchtitan it is a checkpoint of torchtitan's Llama 3 (a folder
-with .metadata and *.distcp), and --tokenizer says where its tokenizer files are. Exit codes: 0 done, 2 bad input, 1
-everything else: no OUT_DIR then.
+OUT_DIR gets checkpoint/step-0, the tokenizer and a config.toml: `./run_train.sh OUT_DIR/config.toml` goes on training.
+HF_DIR holds config.json, safetensors and a tokenizer. Exit codes: 0 done, 2 bad input, 1 everything else: no OUT_DIR
+then.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> int:
     """Converts; returns the exit code."""
     options = arguments(given)
-    from titan_lite.hf.export import ConversionError
+    from titan_lite.hf.errors import ConversionError
     from titan_lite.hf.importer import import_folder
 
     try:

@@ -41,7 +41,8 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
 def main(given: list[str] | None = None) -> int:
     """Converts; returns the exit code."""
     options = arguments(given)
-    from titan_lite.hf.export import ConversionError, export
+    from titan_lite.hf.errors import ConversionError
+    from titan_lite.hf.export import export
 
     try:
         report = export(options.checkpoint, options.out, options.dtype, not options.no_verify, options.max_shard_size)

@@ -22,7 +22,7 @@ class Native:
     settings: Tables
     folds: tuple[Fold, ...]
     rules: tuple[list[Rule], ...]
-    """One list for each fold, and the architecture's."""
+    """One list for each fold, and the architecture's, which has no rule for buffers that only training reads."""
 
     @property
     def exact(self) -> bool:
@@ -45,7 +45,7 @@ def native(shape: Shape) -> Native | None:
                 settings = architecture.settings(folded.config, shape.vocab_size, shape.context_len)
             except ConfigError:
                 continue
-            if sorted(folded.meta) == sorted(_ours(own := architecture.rules(folded.config))):
+            if _ours(own := architecture.rules(folded.config)) >= folded.parameters:
                 return Native(architecture, settings, folds, (*rules, own))
     return None
 

@@ -26,6 +26,7 @@ from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import Native, native
+from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import Written, common_dtype, write_bytes, write_shards, write_text
@@ -42,10 +43,6 @@ OWN: Final = "titan_lite"
 OWN_CLASS: Final = "TitanLiteForCausalLM"
 SHARD_SIZE: Final = 5 * 10**9
 """Bytes of a weights file at most."""
-
-
-class ConversionError(RuntimeError):
-    """The folder was not made; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +152,10 @@ def choose_target(opened: Pieces) -> Target:
         return Target(*name, found.settings, tensors, _as_loaded(found, opened.tensors), found.exact, titles)
     rules = [Rule((name,), (f"model.{name}",)) for name in opened.tensors.meta]
     tensors = Image(rules, opened.tensors)
+    tables = opened.job.model.model_dump(mode="json")
+    tables["embedding"].pop("warm_start", None)  # its file is on this machine, and the rows are in the weights
     settings = {
-        OWN: opened.job.model.model_dump(mode="json"),
+        OWN: tables,
         "vocab_size": opened.shape.vocab_size,
         "max_position_embeddings": opened.shape.context_len,
         "tie_word_embeddings": False,

@@ -18,6 +18,7 @@ from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
 from titan_lite.hf.rule import Rule, Tensors, Transform
 from titan_lite.hf.source import Image, Source
 from titan_lite.hf.stored import FolderTensors, read_json
+from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 
 OWN: Final = "titan_lite"
@@ -87,7 +88,16 @@ def our_tensors(folder: Folder, shape: Shape) -> Source:
         rules = folder.architecture.rules(shape.config)
     files = FolderTensors(folder.path)
     source = _renamed(folder, files, rules, shape)
-    return Image([_precise(rule.opposite()) for rule in rules], source)
+    made = {name for rule in rules for name in rule.ours}
+    fresh = [_at_first(name, shape) for name in shape.meta if name not in made]
+    return Image([*(_precise(rule.opposite()) for rule in rules), *fresh], source)
+
+
+def _at_first(name: str, shape: Shape) -> Rule:
+    """A buffer that only training reads, as it is at the start of one."""
+    start, meta = collect_specs(shape.model)[name].start, shape.meta[name]
+    assert isinstance(start, float)
+    return Rule((), (name,), Transform(lambda t: (torch.full(meta.shape, start, dtype=meta.dtype),), lambda t: ()))
 
 
 def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:

@@ -48,7 +48,7 @@ class Comparison:
 def verify(
     folder: Path, shape: Shape, ours: Source, theirs: Source, tokenizer: Tokenizer, begin: int | None, exact: bool
 ) -> Comparison:
-    """Compares the folder with the model whose tensors are `ours`; `theirs` are the folder's as they were before rounding."""
+    """Compares the folder with the model whose tensors are `ours`; `theirs` are the folder's before rounding."""
     tolerance = EXACT if exact else FOLDED
     with quiet_transformers():
         reference = load_ours(shape, ours)

@@ -28,6 +28,11 @@ class Shape:
     meta: Mapping[str, Tensor]
     """Its parameters and buffers by name."""
 
+    @property
+    def parameters(self) -> set[str]:
+        """Names of what is trained."""
+        return {name for name, _ in self.model.named_parameters()}
+
     @classmethod
     def of(cls, config: Transformer.Config, vocab_size: int, context_len: int) -> Shape:
         """The model that the config describes."""
