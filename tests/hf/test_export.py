@@ -12,10 +12,12 @@ import torch
 from tests.hf.checkpoints import save_random
 from tests.hf.test_agreement import FAMILIES
 from tests.hf.twins import preset_config
+from titan_lite.data.tokenizer import Bytes
 from titan_lite.hf import ARCHITECTURES
 from titan_lite.hf.export import export
 from titan_lite.hf.importer import import_folder
 from titan_lite.hf.stored import FolderTensors
+from titan_lite.hf.tokenizer_files import pipeline
 
 SMALL = {"n_layers": 2, "vocab_size": 0}
 FIRST = {model_type: (preset, flavor, changes) for model_type, preset, flavor, changes in reversed(FAMILIES.values())}
@@ -24,7 +26,7 @@ FIRST = {model_type: (preset, flavor, changes) for model_type, preset, flavor, c
 
 def model_tables(preset: str, flavor: str = "", **changes: Any) -> dict[str, Any]:
     """A small [model] of a preset, resolved."""
-    return preset_config(preset, flavor, **(SMALL | changes)).model_dump() | {"flavor": ""}
+    return preset_config(preset, flavor, **(SMALL | changes)).model_dump() | {"name": preset, "flavor": ""}
 
 
 def same_bits(one: Path, other: Path) -> bool:
@@ -39,11 +41,30 @@ def test_families_cover_all_architectures() -> None:
     assert FIRST.keys() == ARCHITECTURES.keys()
 
 
+def tokenizer_for(model_type: str, folder: Path) -> dict[str, Any]:
+    """Bytes; for Qwen2 with its normalizer, which transformers takes for every model_type "qwen2"."""
+    if model_type != "qwen2":
+        return {"type": "bytes"}
+    from tokenizers import normalizers
+
+    like_qwen = pipeline(Bytes.Config().build())
+    like_qwen.normalizer = normalizers.NFC()
+    folder.mkdir()
+    like_qwen.save(str(folder / "tokenizer.json"))
+    return {"type": "huggingface", "path": str(folder), "bos": ""}
+
+
+def test_a_tokenizer_that_transformers_would_replace(tmp_path: Path) -> None:
+    save_random(tmp_path / "run", model_tables("qwen2"))
+    assert export(tmp_path / "run", tmp_path / "hf", verified=False)["model_type"] == "llama"
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_there_and_back(model_type: str, tmp_path: Path) -> None:
     preset, flavor, changes = FIRST[model_type]
     dtype = torch.bfloat16 if model_type in ("gemma2", "mixtral", "gpt2") else torch.float32
-    save_random(tmp_path / "run", model_tables(preset, flavor, **(changes | SMALL)), dtype)
+    tables = model_tables(preset, flavor, **changes)
+    save_random(tmp_path / "run", tables, dtype, tokenizer=tokenizer_for(model_type, tmp_path / "tokenizer"))
     report = export(tmp_path / "run", tmp_path / "hf", shard_size=100_000)
     assert (report["model_type"], report["folds"]) == (model_type, [])
     seen = report["verified"]

@@ -44,7 +44,11 @@ class Architecture:
     def settings(self, model: Transformer.Config, vocab_size: int, context_len: int) -> Tables:
         """Arguments of their config class. ConfigError names each key of the model that has no place there."""
         settings = self._settings(model)
-        problems = self._problems(model, self._config(settings))
+        try:
+            image = self._config(settings)
+        except ValidationError as error:
+            raise ConfigError(list(self._impossible(error))) from None
+        problems = self._problems(model, image)
         if problems:
             raise ConfigError(problems)
         longest = {self.context_key: context_len} if self.context_key else {}

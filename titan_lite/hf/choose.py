@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
-from titan_lite.config.errors import ConfigError, Problem
+from titan_lite.config.errors import ConfigError
 from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import FOLDS, Fold, Shape
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.rule import Rule
-from titan_lite.hf.source import Image, Source
+from titan_lite.hf.source import Image, Meta, Source
 
 
 @dataclass(frozen=True)
@@ -29,34 +29,47 @@ class Native:
         """Whether no weight was computed for a fold."""
         return all(fold.lossless for fold in self.folds)
 
-    def tensors(self, ours: Source) -> Source:
-        """Their tensors under their published names. KeyError where one of ours is missing."""
+    def size(self, shape: Shape) -> int:
+        """Numbers in the weights."""
+        return sum(meta.numel() for meta in self.loaded(Meta(shape.meta)).meta.values())
+
+    def loaded(self, ours: Source) -> Source:
+        """Their tensors under the names of transformers' modules. KeyError where one of ours is missing."""
         source = ours
         for rules in self.rules:
             source = Image(rules, source)
-        return self.architecture.files.published(source)
+        return source
+
+    def tensors(self, ours: Source) -> Source:
+        """The same under their published names."""
+        return self.architecture.files.published(self.loaded(ours))
 
 
-def native(shape: Shape) -> Native | None:
-    """The architecture that needs the fewest folds, of those the first in the registry; None where there is none."""
-    for folds, folded, rules in _variants(shape):
-        for architecture in ARCHITECTURES.values():
-            try:
-                settings = architecture.settings(folded.config, shape.vocab_size, shape.context_len)
-            except ConfigError:
-                continue
-            if _ours(own := architecture.rules(folded.config)) >= folded.parameters:
-                return Native(architecture, settings, folds, (*rules, own))
-    return None
+def natives(shape: Shape, preferred: str = "") -> Iterator[Native]:
+    """The architectures that the model is, the best one first: that which needs the fewest folds.
+
+    Of several it is `preferred` (a model_type, or how one begins), then the one with the fewest numbers, so that none
+    are made up, then the first in the registry.
+    """
+    variants = list(_variants(shape))
+    for count in sorted({len(folds) for folds, *_ in variants}):
+        found = [native for variant in variants if len(variant[0]) == count for native in _natives(shape, *variant)]
+        yield from sorted(found, key=lambda native: (not _is(native, preferred), native.size(shape)))
 
 
-def refusals(shape: Shape, model_type: str) -> list[Problem]:
-    """Why an architecture cannot be this model, without folds."""
-    try:
-        ARCHITECTURES[model_type].settings(shape.config, shape.vocab_size, shape.context_len)
-    except ConfigError as error:
-        return error.problems
-    return []
+def _is(native: Native, preferred: str) -> bool:
+    return bool(preferred) and native.architecture.model_type.startswith(preferred)
+
+
+def _natives(shape: Shape, folds: tuple[Fold, ...], folded: Shape, rules: list[list[Rule]]) -> Iterator[Native]:
+    """The architectures that a folded model is."""
+    for architecture in ARCHITECTURES.values():
+        try:
+            settings = architecture.settings(folded.config, shape.vocab_size, shape.context_len)
+        except ConfigError:
+            continue
+        if _ours(own := architecture.rules(folded.config)) >= folded.parameters:
+            yield Native(architecture, settings, folds, (*rules, own))
 
 
 def _ours(rules: Sequence[Rule]) -> set[str]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +26,7 @@ from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.card import losses, model_card
-from titan_lite.hf.choose import Native, native
+from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.rule import Rule
@@ -33,13 +34,15 @@ from titan_lite.hf.shards import Written, common_dtype, write_bytes, write_shard
 from titan_lite.hf.source import Image, Source
 from titan_lite.hf.stored import StepTensors
 from titan_lite.hf.tokenizer_files import tokenizer_files
-from titan_lite.hf.verify import Comparison, quiet_transformers, verify
+from titan_lite.hf.verify import Comparison, quiet_transformers, tokenizer_problems, verify
 from titan_lite.job import Job
 from titan_lite.models.transformer import vocab_size_for
 from titan_lite.parallel.precision import DTYPES
 
 REPORT: Final = "conversion_report.json"
 OWN: Final = "titan_lite"
+MODEL_TYPE: Final = "model_type"
+"""Key in the train state of an imported model: what it was, of several architectures that it could be."""
 OWN_CLASS: Final = "TitanLiteForCausalLM"
 SHARD_SIZE: Final = 5 * 10**9
 """Bytes of a weights file at most."""
@@ -144,12 +147,19 @@ def open_checkpoint(path: Path) -> Pieces:
 
 
 def choose_target(opened: Pieces) -> Target:
-    """A published architecture wherever there is one, or else the folder with code of its own."""
-    if found := native(opened.shape):
+    """A published architecture wherever there is one, or else the folder with code of its own.
+
+    transformers has tokenizers for some architectures that it loads whatever a folder says: those are passed over where
+    that one makes other ids.
+    """
+    preferred = str(opened.train_state.get(MODEL_TYPE) or opened.job.model.name)
+    for found in natives(opened.shape, preferred):
+        if not keeps_tokenizer(found.architecture.model_type, opened):
+            continue
         tensors = found.tensors(opened.tensors)
         titles = tuple(fold.title for fold in found.folds)
         name = found.architecture.model_type, found.architecture.class_name
-        return Target(*name, found.settings, tensors, _as_loaded(found, opened.tensors), found.exact, titles)
+        return Target(*name, found.settings, tensors, found.loaded(opened.tensors), found.exact, titles)
     rules = [Rule((name,), (f"model.{name}",)) for name in opened.tensors.meta]
     tensors = Image(rules, opened.tensors)
     tables = opened.job.model.model_dump(mode="json")
@@ -167,11 +177,15 @@ def choose_target(opened: Pieces) -> Target:
     return Target(OWN, OWN_CLASS, settings, tensors, tensors, True, ())
 
 
-def _as_loaded(found: Native, ours: Source) -> Source:
-    source = ours
-    for rules in found.rules:
-        source = Image(rules, source)
-    return source
+def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
+    """Whether transformers gives texts the same ids in a folder of this model_type."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_text(folder / "config.json", json.dumps({"model_type": model_type}))
+        for file, content in tokenizer_files(opened.tokenizer, opened.begin, opened.shape.context_len).items():
+            write_bytes(folder / file, content)
+        with quiet_transformers():
+            return not any(tokenizer_problems(folder, opened.tokenizer, opened.begin))
 
 
 @contextmanager

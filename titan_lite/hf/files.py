@@ -70,18 +70,20 @@ class Renamed:
 
     def __init__(self, names: PerExpert, model: Source):
         self.model = model
-        self.meta: dict[str, Tensor] = {}
+        self.meta: Mapping[str, Tensor]
+        meta: dict[str, Tensor] = {}
         self._parts: dict[str, Part | str] = {}
         self._last: tuple[str, int, Tensor] | None = None
         for name, tensor in model.meta.items():
             if match := STACKED.fullmatch(name):
                 for new, part in _split(names, match, tensor):
                     self._parts[new] = part
-                    self.meta[new] = tensor[part.expert, part.start : part.stop]
+                    meta[new] = tensor[part.expert, part.start : part.stop]
             else:
                 new = name.replace(".mlp.", f".{names.branch}.")
                 self._parts[new] = name
-                self.meta[new] = tensor
+                meta[new] = tensor
+        self.meta = meta
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         part = self._parts[name]
@@ -111,7 +113,8 @@ class Stacked:
 
     def __init__(self, names: PerExpert, files: Source):
         self.files = files
-        self.meta: dict[str, Tensor] = {}
+        self.meta: Mapping[str, Tensor]
+        meta: dict[str, Tensor] = {}
         self._renamed: dict[str, str] = {}
         self._experts: dict[str, dict[int, dict[str, str]]] = {}
         one = re.compile(
@@ -126,10 +129,11 @@ class Stacked:
             else:
                 new = name.replace(f".{names.branch}.", ".mlp.")
                 self._renamed[new] = name
-                self.meta[new] = tensor
+                meta[new] = tensor
         for whole, experts in self._experts.items():
             for tensor in _stacked_meta(whole, experts, files.meta):
-                self.meta[whole] = tensor
+                meta[whole] = tensor
+        self.meta = meta
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name in self._renamed:

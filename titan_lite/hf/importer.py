@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict, to_toml
 from titan_lite.config.toml import toml_text
 from titan_lite.data.tokenizer import Tokenizer
-from titan_lite.hf.export import beside, check_room, needs_transformers
+from titan_lite.hf.export import MODEL_TYPE, beside, check_room, needs_transformers
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.read import Folder, open_folder, our_tensors
@@ -48,6 +49,7 @@ class Imported:
 
     origin: str
     """Where it comes from, in words."""
+    model_type: str
     tables: Tables
     """[model], with vocab_size."""
     context_len: int
@@ -72,7 +74,7 @@ def import_folder(source: Path, out: Path) -> Job:
     shape = Shape.of(config, folder.tables["vocab_size"], folder.context_len)
     tensors = our_tensors(folder, shape)
     files = _tokenizer_files(source)
-    imported = Imported(str(source), folder.tables, folder.context_len, tensors, files, _end(folder))
+    imported = Imported(str(source), folder.model_type, folder.tables, folder.context_len, tensors, files, _end(folder))
     return write_import(imported, out)
 
 
@@ -88,7 +90,9 @@ def write_import(imported: Imported, out: Path) -> Job:
         job = job_from_dict(tables, files=False)
         write_text(folder / "config.toml", HEADER.format(source=imported.origin) + toml_text(tables))
         (folder / "checkpoint").mkdir()
-        write_step_zero(folder / "checkpoint" / step_name(0), imported.tensors, job, tokenizer.fingerprint())
+        write_step_zero(
+            folder / "checkpoint" / step_name(0), imported.tensors, job, tokenizer.fingerprint(), imported.model_type
+        )
         sync_folder(folder / "checkpoint")
         sync_folder(folder)
         _must_be_new(out)
@@ -151,7 +155,7 @@ def _built(choice: dict[str, Any], imported: Imported) -> Tokenizer:
         return Tokenizer.Config.choose(choice).build()
 
 
-def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str) -> None:
+def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str, model_type: str) -> None:
     """A complete step folder with only weights, streamed."""
     named = Image([Rule((name,), (f"model.{name}",)) for name in tensors.meta], tensors)
     folder.mkdir()
@@ -160,7 +164,8 @@ def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str) -> 
     index: Index = {name: _whole(meta, file, starts[name]) for name, meta in named.meta.items()}
     files = {file: _sum(folder / file)}
     files[INDEX] = write_small(folder / INDEX, index_to_json(index))
-    files[TRAIN_STATE] = write_small(folder / TRAIN_STATE, b'{"step": 0, "tokens_seen": 0}')
+    state = {"step": 0, "tokens_seen": 0, MODEL_TYPE: model_type}
+    files[TRAIN_STATE] = write_small(folder / TRAIN_STATE, json.dumps(state).encode())
     facts = RunFacts(to_toml(job), job.model.identity(), tokenizer)
     origin = Origin(run_id="imported", step=0, parent=None, model_only=True, world_size=1)
     write_small(folder / MANIFEST, manifest_to_json(describe(facts, origin, index, files)))

@@ -16,7 +16,7 @@ from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
 from titan_lite.hf.rule import Rule, Tensors, Transform
-from titan_lite.hf.source import Image, Source
+from titan_lite.hf.source import Image, Meta, Source
 from titan_lite.hf.stored import FolderTensors, read_json
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
@@ -110,19 +110,9 @@ def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
         yield Problem(CROSS_FIELD, key, why, value, show(other))
 
 
-class _Meta:
-    """Tensors that only have shapes."""
-
-    def __init__(self, meta: Mapping[str, Tensor]):
-        self.meta = meta
-
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        raise NotImplementedError
-
-
 def _renamed(folder: Folder, files: FolderTensors, rules: list[Rule], shape: Shape) -> Source:
     """The folder's tensors under the names of transformers' modules, all there and of the right shapes."""
-    loaded = Image(rules, _Meta(shape.meta))
+    loaded = Image(rules, Meta(shape.meta))
     candidates: list[tuple[Source, Source]] = [(loaded, files)]
     if folder.architecture is not None:
         names = folder.architecture.files

@@ -36,6 +36,16 @@ class InMemory:
         return rows(self.tensors[name].detach(), start, stop)
 
 
+class Meta:
+    """Tensors that only have shapes."""
+
+    def __init__(self, meta: Mapping[str, Tensor]):
+        self.meta = meta
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        raise NotImplementedError("there are no values")
+
+
 class Image:
     """What rules make of a source's tensors. KeyError for a rule that asks for one that is not there."""
 

@@ -54,7 +54,7 @@ def verify(
         reference = load_ours(shape, ours)
         loaded = load_theirs(folder)
     prompts = fixed_prompts(shape, tokenizer)
-    problems = list(_tokenizer_problems(folder, tokenizer, begin))
+    problems = list(tokenizer_problems(folder, tokenizer, begin))
     with torch.no_grad():
         wanted = reference(prompts)
         rounded = loaded(prompts).logits.float()
@@ -172,7 +172,8 @@ def _is_tie(
     return False
 
 
-def _tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) -> Iterator[str]:
+def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) -> Iterator[str]:
+    """What transformers' tokenizer of a folder does otherwise than training's."""
     from transformers import AutoTokenizer
 
     loaded = AutoTokenizer.from_pretrained(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -106,7 +107,7 @@ class _Factor:
     """What a branch is multiplied by: a number, times a parameter of its own or of the layer's other branch."""
 
     def __init__(self, residual: Residual, path: str):
-        scale = residual.scale
+        scale: Any = residual.scale
         self.is_shared = hasattr(scale, "_owner")
         rezero = scale._owner[0] if self.is_shared else scale
         self.number = scale.value if isinstance(scale, ConstantScale) else getattr(rezero, "multiplier", 1.0)
