@@ -2,7 +2,7 @@
 """Makes a checkpoint of a Hugging Face folder: scripts/convert_from_hf.py HF_DIR OUT_DIR
 
 OUT_DIR gets checkpoint/step-0, the tokenizer and a config.toml: `./run_train.sh OUT_DIR/config.toml` goes on training.
-HF_DIR holds config.json, safetensors and a tokenizer. Exit codes: 0 done, 2 bad input, 1 everything else: no OUT_DIR
+HF_DIR holds config.json, safetensors and a tokenizer; with --torchtitan it is a DCP folder (step-N). Exit codes: 0 done, 2 bad input, 1 everything else: no OUT_DIR
 then.
 """
 
@@ -21,6 +21,12 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="HF_DIR", help="folder to read")
+    parser.add_argument(
+        "--torchtitan",
+        type=Path,
+        metavar="CONFIG",
+        help="HF_DIR is a checkpoint of torchtitan's Llama 3 with this config",
+    )
     parser.add_argument("out", type=Path, metavar="OUT_DIR", help="folder to make; nothing is overwritten")
     return parser.parse_args(given)
 
@@ -31,9 +37,13 @@ def main(given: list[str] | None = None) -> int:
     options = arguments(given)
     from titan_lite.hf.errors import ConversionError
     from titan_lite.hf.importer import import_folder
+    from titan_lite.hf.torchtitan import import_torchtitan
 
     try:
-        import_folder(options.source, options.out)
+        if options.torchtitan is None:
+            import_folder(options.source, options.out)
+        else:
+            import_torchtitan(options.source, options.torchtitan, options.out)
     except ConversionError as error:
         print(error, file=sys.stderr)
         return 1

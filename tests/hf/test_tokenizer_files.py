@@ -84,5 +84,5 @@ def test_what_would_be_other_ids_is_refused(tmp_path: Path) -> None:
     tokenizer = Bytes.Config().build()
     right = tokenizer.encode
     tokenizer.encode = lambda text, continued=False: right(text.lower())
-    with pytest.raises(ConfigError, match="cannot be written as a tokenizer.json that gives the same ids"):
+    with pytest.raises(ConfigError, match="gives the same ids"):
         tokenizer_files(tokenizer, None, 128)

@@ -57,6 +57,9 @@ class Imported:
     tokenizer: Mapping[str, bytes]
     """Files of its tokenizer."""
     eos: str = ""
+    """Number of the end of text, where the model's config has one."""
+    choice: Mapping[str, Any] | None = None
+    """The [tokenizer] table, where the tokenizer stays where it is."""
 
 
 def import_folder(source: Path, out: Path) -> Job:
@@ -126,12 +129,15 @@ def _job_tables(imported: Imported, folder: Path, out: Path) -> tuple[Tables, To
     """The tables of config.toml, and the tokenizer; `folder` is where its files are now, `out` where they will be."""
     kind, name = ("sentencepiece", PIECES) if PIECES in imported.tokenizer else ("huggingface", "tokenizer.json")
     choice: dict[str, Any] = {"type": kind, "path": str(folder / "tokenizer" / name)}
+    if imported.choice is not None:
+        choice = dict(imported.choice)
     tokenizer = _built(choice, imported)
     vocab_size = imported.tables["vocab_size"]
     if tokenizer.vocab_size > vocab_size:
         why = f"has {tokenizer.vocab_size} tokens, and the model's embedding {vocab_size} rows"
         raise ConfigError.at(f"{imported.origin}/{name}", why, code=CROSS_FIELD)
-    choice["path"] = str(out / "tokenizer" / name)
+    if imported.choice is None:
+        choice["path"] = str(out / "tokenizer" / name)
     tables = {
         "job": {"dump_folder": str(out / "run"), "description": f"continues {Path(imported.origin).name}"},
         "model": imported.tables,
