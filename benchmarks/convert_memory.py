@@ -11,6 +11,7 @@ conversion does; the two alternate within a round.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import resource
 import shutil
@@ -39,15 +40,17 @@ LAYER = 4 * DIM * DIM + 3 * DIM * HIDDEN
 
 
 class Random:
-    """Tensors of random values that are made when they are read."""
+    """Tensors of random values, the same over and over, that are made when they are read."""
 
     def __init__(self, meta: dict[str, Tensor]):
         self.meta = meta
+        self.values = torch.randn(2**20)
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         shape = self.meta[name].shape
         rows = (shape[0] if stop is None else min(stop, shape[0])) - start
-        return torch.randn(rows, *shape[1:])
+        size = rows * math.prod(shape[1:])
+        return self.values.repeat(-(-size // len(self.values)))[:size].view(rows, *shape[1:])
 
 
 def make_checkpoint(folder: Path, gigabytes: float) -> Path:

@@ -2,8 +2,8 @@
 """Makes a checkpoint of a Hugging Face folder: scripts/convert_from_hf.py HF_DIR OUT_DIR
 
 OUT_DIR gets checkpoint/step-0, the tokenizer and a config.toml: `./run_train.sh OUT_DIR/config.toml` goes on training.
-HF_DIR holds config.json, safetensors and a tokenizer; with --torchtitan it is a DCP folder (step-N). Exit codes: 0 done, 2 bad input, 1 everything else: no OUT_DIR
-then.
+HF_DIR holds config.json, safetensors and a tokenizer; with --torchtitan it is a DCP folder (step-N). Exit codes: 0
+done, 2 bad input, 1 everything else: no OUT_DIR then.
 """
 
 from __future__ import annotations

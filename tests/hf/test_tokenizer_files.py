@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ def _characters() -> list[str]:
 
 
 def test_unigram_pieces(tmp_path: Path) -> None:
-    (tmp_path / "m.model").write_bytes(train_unigram(iter(TEXTS), 330, None)["tokenizer.model"])
+    (tmp_path / "m.model").write_bytes(
+        train_unigram(iter([*TEXTS, Path(textwrap.__file__).read_text()]), 400, None)["tokenizer.model"]
+    )
     tokenizer = build(type="sentencepiece", path=str(tmp_path / "m.model"))
     found = Pipeline.from_str(tokenizer_files(tokenizer, None, 128)[FILE].decode())
     for text in (*SAMPLES, *TEXTS[:2]):
