@@ -35,7 +35,7 @@ class Native:
 
     def loaded(self, ours: Source) -> Source:
         """Their tensors under the names of transformers' modules. KeyError where one of ours is missing."""
-        source = ours
+        source: Source = ours
         for rules in self.rules:
             source = Image(rules, source)
         return source

@@ -219,7 +219,7 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     from titan_lite.hf.modelling import REMOTE_CODE, REMOTE_FILE  # also makes our own config known
 
     tokenizer = opened.tokenizer
-    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
     config = CONFIG_MAPPING[target.model_type](**target.settings, **ids)
     config.architectures = [target.class_name]
     config.dtype = dtype

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import xxhash
 from torch import Tensor
@@ -185,8 +185,7 @@ def _whole(meta: Tensor, file: str, start: int) -> StoredTensor:
 
 def _sum(path: Path) -> FileSum:
     digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_PIECE))
-    file: BinaryIO
     with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(buffer):  # type: ignore[attr-defined]
+        while n := file.readinto(buffer):
             digest.update(buffer[:n])
     return FileSum(size=path.stat().st_size, xxh3_128=digest.hexdigest())

@@ -7,7 +7,7 @@ this module was imported before, it needs no such permission.
 
 from __future__ import annotations
 
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TitanLiteConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules: Final = ["SequentialBlock", "ParallelBlock", "ParallelSharedNormBlock"]
+    _no_split_modules = ["SequentialBlock", "ParallelBlock", "ParallelSharedNormBlock"]
 
     def __init__(self, config: TitanLiteConfig):
         super().__init__(config)
@@ -143,7 +143,7 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache if use_cache else None)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache if use_cache else None))
 
     def _padding(self, attention_mask: Tensor) -> Tensor | None:
         """(B,) hidden tokens on the left of each row; what is hidden on the right is seen by nothing before it."""

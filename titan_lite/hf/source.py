@@ -17,8 +17,10 @@ PIECE = 32 * 2**20
 class Source(Protocol):
     """Tensors by name; what is held in memory is one that is being read, at most."""
 
-    meta: Mapping[str, Tensor]
-    """All of them on the meta device: shapes and types."""
+    @property
+    def meta(self) -> Mapping[str, Tensor]:
+        """All of them on the meta device: shapes and types."""
+        ...
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """The tensor, or its entries [start, stop) along the first dim. Raises ConfigError naming what is damaged."""

@@ -107,9 +107,10 @@ def load_theirs(folder: Path) -> Any:
 
     import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
+    model, info = loaded
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise ValueError(f"transformers loads the folder with {wrong}")
