@@ -24,6 +24,7 @@ def main(arguments: list[str]) -> int:
     with main_guard():
         from titan_lite.checkpoint.save import SaveError
         from titan_lite.config.load import load_job
+        from titan_lite.hf.errors import ConversionError
         from titan_lite.parallel.world import is_lost_peer
         from titan_lite.trainer import Trainer
 
@@ -31,7 +32,7 @@ def main(arguments: list[str]) -> int:
             # Checked once more with the world as it is: torchrun starts workers without the launcher's check.
             job = load_job(arguments[0], arguments[1:], int(os.environ.get("WORLD_SIZE", 1)))
             return Trainer(job, stop).run()
-        except SaveError as error:
+        except (SaveError, ConversionError) as error:
             print(error, file=sys.stderr)
             return 1
         except OSError as error:

@@ -98,7 +98,24 @@ class Trainer:
                 code = self._train()
         # Only where all went well: after an error, taking the group down could wait for ranks that are in a collective.
         self.world.close()
+        if self._is_to_be_exported(code):
+            self._export()
         return code
+
+    def _is_to_be_exported(self, code: int) -> bool:
+        config = self.job.checkpoint
+        writes = config.enable and config.last_save_in_hf and not config.load_only
+        return writes and self.world.rank == 0 and code == 0 and not self._exported().exists()
+
+    def _exported(self) -> Path:
+        return self.folder / f"hf-step-{self.progress.step}"
+
+    def _export(self) -> None:
+        """The last step as a Hugging Face folder. The other ranks are gone by then: it may take its time."""
+        from titan_lite.hf.export import export
+
+        report = export(self.checkpoints.folder / f"step-{self.progress.step}", self._exported())
+        logger.info("Made %s: %s, verified", self._exported(), report["class"])
 
     def _prepare(self) -> None:
         """Everything up to the first step: tokenizer, model, checkpoint, data."""

@@ -127,8 +127,8 @@ CASES: dict[str, tuple[str, Found]] = {
         [("E011", 2, "optimizer.early_step_in_backward")],
     ),
     "Hugging Face checkpoint": (
-        "[checkpoint]\nenable = true\ninitial_load_in_hf = true",
-        [("E011", 3, "checkpoint.initial_load_in_hf")],
+        "[checkpoint]\nenable = true\ninitial_load_in_hf_quantized = true",
+        [("E011", 3, "checkpoint.initial_load_in_hf_quantized")],
     ),
     "not TOML": ("[training]\nsteps = = 3", [("E007", 2, "")]),
     "value missing at the end": ("[training]\n\nsteps =", [("E007", 3, "")]),

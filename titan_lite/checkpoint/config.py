@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import FILE_MISSING, NOT_AVAILABLE, Problem
+from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, NOT_AVAILABLE, NOT_HERE, Problem
 from titan_lite.config.fields import Count, InnerFolder, PositiveInt, Strings
 
 if TYPE_CHECKING:
@@ -39,13 +40,15 @@ class Checkpoint(ConfigBase):
     initial_load_model_only: bool = True
     """Take only the weights from initial_load_path."""
     initial_load_in_hf: bool = False
-    """initial_load_path is a Hugging Face folder."""
+    """initial_load_path is a Hugging Face folder (config.json and safetensors) of this very model; its weights are
+    taken over, its tokenizer is not looked at."""
     initial_load_in_hf_quantized: bool = False
-    """That folder holds quantized weights."""
+    """That folder holds quantized weights. Not available."""
     last_save_model_only: bool = False
     """Save only the weights at the last step (such a run cannot be trained further)."""
     last_save_in_hf: bool = False
-    """Save the last step as a Hugging Face folder."""
+    """Beside the checkpoint of the last step, make job.dump_folder/hf-step-N of it, verified, as
+    scripts/convert_to_hf.py does: once training is over, by the first rank alone."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
     """Type of the weights in a save with last_save_model_only."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
@@ -66,16 +69,38 @@ class Checkpoint(ConfigBase):
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
         if not self.enable:
             return
-        for key in ("initial_load_in_hf", "initial_load_in_hf_quantized", "last_save_in_hf"):
-            if getattr(self, key):
-                why = "is not available yet: Hugging Face folders are not read or written by the trainer"
-                yield Problem(NOT_AVAILABLE, f".{key}", why, True, "false")
+        if self.initial_load_in_hf_quantized:
+            why = "is not available: weights are read only in floating-point types"
+            yield Problem(NOT_AVAILABLE, ".initial_load_in_hf_quantized", why, True, "false")
+        yield from self._hf_problems()
         if self.initial_load_path and not Path(os.path.expanduser(self.initial_load_path)).exists():
             yield Problem(FILE_MISSING, ".initial_load_path", "does not exist", self.initial_load_path)
 
+    def _hf_problems(self) -> Iterable[Problem]:
+        for key in ("initial_load_in_hf", "last_save_in_hf"):
+            if getattr(self, key) and importlib.util.find_spec("transformers") is None:
+                why = "needs the package transformers"
+                yield Problem(NOT_HERE, f".{key}", why, True, "false, or titan_lite with its extra `hf`")
+        if not self.initial_load_in_hf:
+            return
+        if not self.initial_load_path:
+            why = "is set, but checkpoint.initial_load_path names no folder"
+            yield Problem(CROSS_FIELD, ".initial_load_in_hf", why, True, "false, or an initial_load_path")
+        if not self.initial_load_model_only:
+            why = "does not go with checkpoint.initial_load_in_hf: such a folder holds only weights"
+            yield Problem(CROSS_FIELD, ".initial_load_model_only", why, False, "true")
+
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        if self.last_save_in_hf and (not self.enable or self.load_only):
+            yield "checkpoint.last_save_in_hf has no effect: nothing is saved"
         if not self.enable:
-            for key, default in (("initial_load_path", ""), ("load_step", -1), ("load_only", False)):
+            idle: tuple[tuple[str, object], ...] = (
+                ("initial_load_path", ""),
+                ("initial_load_in_hf", False),
+                ("load_step", -1),
+                ("load_only", False),
+            )
+            for key, default in idle:
                 if getattr(self, key) != default:
                     yield f"checkpoint.{key} has no effect: checkpoint.enable is false"
         if self.export_dtype != "float32" and not self.last_save_model_only:

@@ -36,6 +36,7 @@ from titan_lite.checkpoint.shard import shards_of
 from titan_lite.checkpoint.staging import Snapshot
 from titan_lite.checkpoint.world import World, agreed
 from titan_lite.config.errors import BAD_INPUT, ConfigError, Problem
+from titan_lite.config.load import job_from_toml
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,8 @@ class Start:
     folder: Path
     resume: bool
     model_only: bool
+    in_hf: bool = False
+    """The folder is a Hugging Face folder."""
 
 
 class CheckpointManager:
@@ -120,12 +123,17 @@ class CheckpointManager:
             return Start(self.folder / step_name(step), resume=True, model_only=False)
         if not self.config.initial_load_path:
             return None
+        given = Path(os.path.expanduser(self.config.initial_load_path))
+        if self.config.initial_load_in_hf:
+            return Start(given, resume=False, model_only=True, in_hf=True)
         with agreed(self.world):
-            folder = find_checkpoint(Path(os.path.expanduser(self.config.initial_load_path)))
+            folder = find_checkpoint(given)
         return Start(folder, resume=False, model_only=self.config.initial_load_model_only)
 
     def finished(self, start: Start, steps: int) -> int | None:
         """The step of a run that has done all of its `steps` and kept only its weights: nothing to load then."""
+        if start.in_hf:
+            return None
         with agreed(self.world):
             manifest = read_manifest(start.folder)
         return manifest.step if start.resume and manifest.model_only and manifest.step >= steps else None
@@ -137,6 +145,10 @@ class CheckpointManager:
         then. Only after success are the steps later than `load_step` retired.
         """
         began = time.monotonic()
+        if start.in_hf:
+            self._load_hf(start, tensors)
+            self._say("Loaded %s in %.2f seconds.", start.folder, time.monotonic() - began)
+            return {}
         manifest = verified_manifest(start.folder, self.world)
         with agreed(self.world):
             if problems := self._misfits(start, manifest):
@@ -152,6 +164,15 @@ class CheckpointManager:
             self._retire_after(manifest.step)
         self._say("Loaded %s in %.2f seconds.", start.folder, time.monotonic() - began)
         return {} if TRAIN_STATE in parts else {key: value for key, value in state.items() if not selects(parts, key)}
+
+    def _load_hf(self, start: Start, tensors: Mapping[str, Tensor]) -> None:
+        from titan_lite.hf.fill import fill, opened
+
+        parts = self._excluded(start, list(tensors))
+        with agreed(self.world):
+            source = opened(start.folder, job_from_toml(self.facts.config, start.folder).model)
+        with agreed(self.world):
+            fill(source, {name: tensor for name, tensor in tensors.items() if not selects(parts, name)})
 
     def _misfits(self, start: Start, manifest: Manifest) -> list[Problem]:
         """Why this run cannot go on from that checkpoint, names and shapes of tensors aside."""

@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from titan_lite.config.errors import CROSS_FIELD, KEY_MISSING, NOT_ALLOWED, ConfigError, Problem, show
+from titan_lite.hf.files import AsLoaded, Files
 from titan_lite.hf.normal_form import Path, Tables, absorbed, differences, equal, normal_form
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.setting import SYNONYMS, Setting, View, merge
@@ -37,11 +38,17 @@ class Architecture:
     """Their settings that say nothing about what a trained model computes."""
     context_key: str = "max_position_embeddings"
     """Their setting for the longest text, where it does not follow from the model."""
+    files: Files = field(default_factory=AsLoaded)
+    """How published files call their tensors."""
 
     def settings(self, model: Transformer.Config, vocab_size: int, context_len: int) -> Tables:
         """Arguments of their config class. ConfigError names each key of the model that has no place there."""
         settings = self._settings(model)
-        problems = self._problems(model, self._config(settings))
+        try:
+            image = self._config(settings)
+        except ValidationError as error:
+            raise ConfigError(list(self._impossible(error))) from None
+        problems = self._problems(model, image)
         if problems:
             raise ConfigError(problems)
         longest = {self.context_key: context_len} if self.context_key else {}

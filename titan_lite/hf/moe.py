@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 
+from titan_lite.hf.files import AsLoaded, Files, PerExpert
 from titan_lite.hf.llama import LlamaLike
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.parts import pair
@@ -33,12 +34,13 @@ TOP_K: Final = Key("ffn.top_k", "num_experts_per_tok")
 TRANSPOSED: Final = Transform(
     lambda t: tuple(x.transpose(-1, -2).contiguous() for x in t),
     lambda t: tuple(x.transpose(-1, -2).contiguous() for x in t),
+    rowwise=True,
 )
 """Each expert's matrix (in, out) becomes (out, in)."""
-ABOVE: Final = TRANSPOSED >> Transform(lambda t: (torch.cat(t, dim=1),), lambda t: t[0].chunk(2, dim=1))
+ABOVE: Final = TRANSPOSED >> Transform(lambda t: (torch.cat(t, dim=1),), lambda t: t[0].chunk(2, dim=1), rowwise=True)
 """gate and up (E, in, out) become one (E, 2 out, in): of each expert the gate's rows above the others."""
 ALTERNATING: Final = Transform(
-    lambda t: (torch.stack(t, dim=-1).flatten(-2),), lambda t: (t[0][..., ::2], t[0][..., 1::2])
+    lambda t: (torch.stack(t, dim=-1).flatten(-2),), lambda t: (t[0][..., ::2], t[0][..., 1::2]), rowwise=True
 )
 """The last dims of gate and up become one in which their entries take turns."""
 
@@ -47,6 +49,7 @@ ALTERNATING: Final = Transform(
 class Experts(LlamaLike):
     """Llama with experts, in every layer or in some."""
 
+    files: Files = field(default_factory=PerExpert)
     router: str = "gate"
     """Their name of it."""
     gate_up: Transform = ABOVE
@@ -108,6 +111,7 @@ MIXTRAL: Final = Experts(
         EveryLayer(),
     ),
     fixed={"ffn": {"type": "moe"}},
+    files=PerExpert("block_sparse_moe", "w1", "w3", "w2"),
 )
 """Mixtral 8x7B and 8x22B (arXiv 2401.04088)."""
 
@@ -159,6 +163,7 @@ GPT_OSS: Final = GptOss(
             "experts": {"type": "clamped_swiglu", "bias": True},
         },
     },
+    files=AsLoaded(),
     router="router",
     gate_up=ALTERNATING,
     down=SAME,

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from titan_lite.models.attention import MLA, GroupedAttention, HeadAttention
 from titan_lite.models.block import Layer
+from titan_lite.models.residual import ConstantScale
 from titan_lite.models.transformer import Transformer
 
 Tables: TypeAlias = dict[str, Any]
@@ -37,10 +38,17 @@ def _layer(layer: Layer, dim: int) -> Tables:
         "block": layer.block.model_dump(),
         "attention": _attention(layer.attention, dim),
         "ffn": _ffn(layer.ffn.model_dump()),
-        "residual": _without(layer.residual.model_dump(), "dropout"),
+        "residual": _residual(layer),
         "norm": layer.norm.model_dump(),
         "linear": layer.linear.model_dump(),
     }
+
+
+def _residual(layer: Layer) -> Tables:
+    tables = _without(layer.residual.model_dump(), "dropout")
+    if isinstance(layer.residual.scale, ConstantScale.Config):
+        tables["scale"]["value"] = layer.residual.scale.factor(layer.n_layers)
+    return tables
 
 
 def _attention(config: Any, dim: int) -> Tables:

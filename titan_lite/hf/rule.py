@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -19,13 +19,27 @@ class Transform:
 
     to_hf: Function
     from_hf: Function
+    rowwise: bool = False
+    """Whether each entry of the first dim is treated alone, so that large tensors can be done in pieces."""
+    whole: int = 0
+    """Of a rowwise transform: how many of the last tensors it needs whole all the same."""
+    exact: bool = True
+    """Whether values only change places, so that none is rounded, and a change of type can come before or after."""
 
     def __rshift__(self, after: Transform) -> Transform:
         """First this one, then `after`; on the way back first `after`."""
-        return Transform(lambda t: after.to_hf(self.to_hf(t)), lambda t: self.from_hf(after.from_hf(t)))
+        if self is SAME or after is SAME:
+            return after if self is SAME else self
+        return Transform(
+            lambda t: after.to_hf(self.to_hf(t)),
+            lambda t: self.from_hf(after.from_hf(t)),
+            self.rowwise and after.rowwise and not after.whole,
+            self.whole,
+            self.exact and after.exact,
+        )
 
 
-SAME = Transform(lambda t: t, lambda t: t)
+SAME = Transform(lambda t: t, lambda t: t, rowwise=True)
 TRANSPOSED = Transform(lambda t: tuple(x.T.contiguous() for x in t), lambda t: tuple(x.T.contiguous() for x in t))
 
 
@@ -36,6 +50,10 @@ class Rule:
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
     transform: Transform = SAME
+
+    def opposite(self) -> Rule:
+        """The rule the other way round."""
+        return Rule(self.theirs, self.ours, opposite(self.transform))
 
 
 def to_hf(rules: Iterable[Rule], ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -53,12 +71,17 @@ def from_hf(rules: Iterable[Rule], theirs: Mapping[str, Tensor]) -> Iterator[tup
 def each(*transforms: Transform) -> Transform:
     """The i-th transform, one for single tensors, for the i-th tensor."""
 
+    if all(transform is SAME for transform in transforms):
+        return SAME
+
     def apply(t: Tensors, functions: Iterable[Function]) -> Tensors:
         return tuple(function((x,))[0] for x, function in zip(t, functions, strict=True))
 
     return Transform(
         lambda t: apply(t, (transform.to_hf for transform in transforms)),
         lambda t: apply(t, (transform.from_hf for transform in transforms)),
+        rowwise=all(transform.rowwise and not transform.whole for transform in transforms),
+        exact=all(transform.exact for transform in transforms),
     )
 
 
@@ -66,12 +89,16 @@ def times(factor: float) -> Transform:
     """Each tensor times a number."""
     if factor == 1.0:
         return SAME
-    return Transform(lambda t: tuple(x * factor for x in t), lambda t: tuple(x / factor for x in t))
+    return Transform(
+        lambda t: tuple(x * factor for x in t), lambda t: tuple(x / factor for x in t), rowwise=True, exact=False
+    )
 
 
 def plus(offset: float) -> Transform:
     """Each tensor plus a number."""
-    return Transform(lambda t: tuple(x + offset for x in t), lambda t: tuple(x - offset for x in t))
+    return Transform(
+        lambda t: tuple(x + offset for x in t), lambda t: tuple(x - offset for x in t), rowwise=True, exact=False
+    )
 
 
 def reordered(order: Tensor) -> Transform:
@@ -106,7 +133,7 @@ def joined_by_group(n_groups: int, *sizes: int) -> Transform:
 
 def opposite(transform: Transform) -> Transform:
     """The transform the other way round."""
-    return Transform(transform.from_hf, transform.to_hf)
+    return replace(transform, to_hf=transform.from_hf, from_hf=transform.to_hf)
 
 
 def below(rows: int) -> Transform:
@@ -121,6 +148,8 @@ def constant(value: float, *shape: int) -> Transform:
 
 def completed(present: tuple[bool, ...], sizes: tuple[int, ...]) -> Transform:
     """Zeros in the places of vectors that our model lacks."""
+    if all(present):
+        return SAME
 
     def complete(t: Tensors) -> Tensors:
         given = iter(t)

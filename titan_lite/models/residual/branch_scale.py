@@ -126,10 +126,15 @@ class ConstantScale(BranchScale):
         value: Literal["inverse_sqrt_depth", "inverse_depth"] | PositiveFloat
         """c: a number, 1 / sqrt(n_layers) or 1 / n_layers."""
 
+        def factor(self, n_layers: int) -> float:
+            """c in a model of so many executed layers."""
+            if isinstance(self.value, str):
+                return {"inverse_sqrt_depth": n_layers**-0.5, "inverse_depth": 1 / n_layers}[self.value]
+            return self.value
+
     def __init__(self, config: Config, dim: int, n_layers: int):
         super().__init__()
-        depths = {"inverse_sqrt_depth": n_layers**-0.5, "inverse_depth": 1 / n_layers}
-        self.value = depths[config.value] if isinstance(config.value, str) else config.value
+        self.value = config.factor(n_layers)
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.value

@@ -1,0 +1,94 @@
+"""Models that no published architecture is: folders with code of their own, whose generate() and cache work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.hf.checkpoints import save_random
+from tests.hf.test_export import model_tables, same_bits
+from titan_lite.hf.export import export
+from titan_lite.hf.importer import import_folder
+from titan_lite.hf.verify import load_theirs
+
+NGPT: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "lr_scheduler": {"warmup_steps": 0}}
+MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ngpt": ({"preset": "ngpt"}, NGPT),
+    "recurrent": ({"preset": "huginn", "n_layers": 4}, {}),
+    "squared scores": ({"preset": "llama3", "attention": {"score": {"type": "relu_squared"}, "kernel": "eager"}}, {}),
+    "registers": ({"preset": "llama3", "attention": {"registers": {"type": "learned", "n": 2}}}, {}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_there_and_back(name: str, tmp_path: Path) -> None:
+    tables, sections = MODELS[name]
+    save_random(tmp_path / "run", model_tables(**tables), **sections)
+    report = export(tmp_path / "run", tmp_path / "hf")
+    assert report["model_type"] == "titan_lite"
+    assert report["verified"]["greedy_equal"]
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_titan_lite.TitanLiteForCausalLM"
+    assert len((tmp_path / "hf" / "modeling_titan_lite.py").read_text().splitlines()) < 10
+    if name == "registers":
+        import_folder(tmp_path / "hf", tmp_path / "back")
+        export(tmp_path / "back", tmp_path / "again", verified=False)
+        assert same_bits(tmp_path / "hf", tmp_path / "again")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("own")
+    save_random(folder / "run", model_tables(**MODELS["registers"][0]))
+    export(folder / "run", folder / "hf", verified=False)
+    return load_theirs(folder / "hf")
+
+
+def prompts() -> Tensor:
+    return torch.randint(250, (2, 12), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def test_the_cache_changes_nothing(model: Any) -> None:
+    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    assert torch.equal(
+        model.generate(prompts(), use_cache=True, **options), model.generate(prompts(), use_cache=False, **options)
+    )
+    first = model(prompts()[:, :8], use_cache=True)
+    rest = model(prompts()[:, 8:], past_key_values=first.past_key_values, use_cache=True)
+    whole = model(prompts()).logits
+    torch.testing.assert_close(torch.cat((first.logits, rest.logits), dim=1), whole, atol=1e-5, rtol=0)
+    torch.testing.assert_close(model(prompts(), logits_to_keep=1).logits, whole[:, -1:], atol=1e-5, rtol=0)
+    loss = torch.nn.functional.cross_entropy(whole[:, :-1].flatten(0, 1), prompts()[:, 1:].flatten())
+    torch.testing.assert_close(model(prompts(), labels=prompts()).loss, loss)
+
+
+@torch.no_grad()
+def test_rows_padded_on_the_left_are_as_alone(model: Any) -> None:
+    ids = prompts()
+    mask = torch.ones_like(ids)
+    ids[1, :5], mask[1, :5] = 0, 0
+    options = {"max_new_tokens": 16, "do_sample": False}
+    together = model.generate(ids, attention_mask=mask, **options)
+    for row, start in ((0, 0), (1, 5)):
+        alone = model.generate(ids[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **options)
+        width = alone.shape[1]
+        assert torch.equal(together[row, -(together.shape[1] - start) :][:width], alone[0])
+
+
+@torch.no_grad()
+def test_beams_find_nothing_worse_than_greedy(model: Any) -> None:
+    ids = prompts()[:1]
+    options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), "length_penalty": 0.0}
+
+    def score(**more: Any) -> float:
+        tokens = model.generate(ids, do_sample=False, **options, **more)
+        logits = model(tokens).logits.log_softmax(-1)[0, 11:-1]
+        return float(logits.gather(-1, tokens[0, 12:, None]).sum())
+
+    assert score(num_beams=4) >= score() - 1e-4

@@ -1,0 +1,210 @@
+"""Bad input: a message that names the file or the tensor, and no folder."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from scripts import convert_from_hf, convert_to_hf
+from tests.hf.checkpoints import save_random
+from tests.hf.test_export import model_tables
+from titan_lite.config.errors import ConfigError
+from titan_lite.hf.errors import ConversionError
+from titan_lite.hf.export import export
+from titan_lite.hf.importer import import_folder
+from titan_lite.hf.rule import Rule, times
+
+
+@pytest.fixture(scope="module")
+def dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random(tmp_path_factory.mktemp("run"), model_tables("llama3"))
+
+
+@pytest.fixture(scope="module")
+def good(dump: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of several files."""
+    folder = tmp_path_factory.mktemp("hf") / "hf"
+    export(dump, folder, verified=False, shard_size=200_000)
+    return folder
+
+
+def copied(source: Path, target: Path) -> Path:
+    target.mkdir()
+    for file in source.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def edit(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    table = json.loads(path.read_text())
+    change(table)
+    path.write_text(json.dumps(table))
+
+
+FILE = "model-00002-of-"
+
+
+def second(folder: Path) -> Path:
+    return next(folder.glob(f"{FILE}*"))
+
+
+def cut(folder: Path) -> None:
+    path = second(folder)
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def no_header(folder: Path) -> None:
+    second(folder).write_bytes(struct.pack("<Q", 2**40) + b"{}")
+
+
+def garbage(folder: Path) -> None:
+    second(folder).write_bytes(b"\x10\0\0\0\0\0\0\0" + b"not json at all!")
+
+
+def overlapping(folder: Path) -> None:
+    path = second(folder)
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    table = json.loads(data[8 : 8 + length])
+    name = next(name for name in table if name != "__metadata__")
+    table[name]["data_offsets"][0] += 4
+    head = json.dumps(table).encode()
+    path.write_bytes(len(head).to_bytes(8, "little") + head + data[8 + length :])
+
+
+def gone(folder: Path) -> None:
+    second(folder).unlink()
+
+
+def changed(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    tensors = load_file(second(folder))
+    change(tensors)
+    save_file(tensors, second(folder), {"format": "pt"})
+
+
+def without_a_tensor(folder: Path) -> None:
+    changed(folder, lambda tensors: tensors.__delitem__(sorted(tensors)[0]))
+
+
+def unknown_to_all(folder: Path) -> None:
+    name = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    edit(folder / "model.safetensors.index.json", lambda table: table["weight_map"].__delitem__(sorted(name)[-1]))
+
+
+def of_another_shape(folder: Path) -> None:
+    edit(folder / "config.json", lambda config: config.update(intermediate_size=config["intermediate_size"] * 2))
+
+
+def only_pickled(folder: Path) -> None:
+    for file in folder.glob("model*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def config_key(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder / "config.json", lambda config: config.update(values))
+
+
+def cut_config(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(path.read_text()[:50])
+
+
+def no_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut": (cut, rf"{FILE}.*\n.*header is damaged: the tensors take \d+ bytes"),
+    "no header": (no_header, rf"{FILE}.*\n.*is no safetensors file, or was cut off"),
+    "garbage": (garbage, rf"{FILE}.*\n.*header is damaged"),
+    "overlapping": (overlapping, rf"{FILE}.*\n.*begins at byte"),
+    "a file is gone": (gone, rf"{FILE}.*\n.*the file is missing"),
+    "a tensor is gone": (without_a_tensor, rf"{FILE}.*\n.*(model|lm_head)\.\S+ is not in it"),
+    "not in the index": (unknown_to_all, r"model-\d+-of-.*\n.*model\.\S+ is in it, and .* does not say so"),
+    "another shape": (of_another_shape, r"another shape than its model:\n.*model\.layers\.0\.mlp"),
+    "pickled": (only_pickled, r"pytorch_model.bin is a pickle, which is never read"),
+    "another kind of model": (
+        config_key(model_type="bert"),
+        r'config.json\n.*"bert" is not known here\n.*allowed: .*llama',
+    ),
+    "no config": (cut_config, r"config.json\n.*is not valid JSON"),
+    "quantized": (config_key(quantization_config={"bits": 4}), r"config.json\n.*is quantized"),
+    "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
+    "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
+    "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),
+    "no tokenizer": (no_tokenizer, r"has no tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_folder_is_refused(name: str, good: Path, tmp_path: Path) -> None:
+    damage, message = DAMAGE[name]
+    damage(copied(good, tmp_path / "hf"))
+    with pytest.raises(ConfigError, match=message):
+        import_folder(tmp_path / "hf", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_a_damaged_checkpoint_is_refused(dump: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    step = copied(dump / "checkpoint" / "step-7", tmp_path / "step-7")
+    shard = step / "shard-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1000] ^= 1
+    shard.write_bytes(data)
+    with pytest.raises(SystemExit, match="2"):
+        convert_to_hf.main([str(step), str(tmp_path / "out")])
+    assert "shard-00000.safetensors" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-7"]
+
+
+def test_nothing_is_overwritten(dump: Path, good: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    for convert in (lambda: export(dump, tmp_path / "out"), lambda: import_folder(good, tmp_path / "out")):
+        with pytest.raises(ConfigError, match="exists already, and nothing is overwritten"):
+            convert()
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_wrong_conversion_leaves_no_folder(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from titan_lite.hf.llama import LlamaLike
+
+    right = LlamaLike.rules
+
+    def wrong(self: Any, model: Any) -> list[Rule]:
+        def enlarged(rule: Rule) -> Rule:
+            down = any(name.endswith("ffn.down.weight") for name in rule.ours)
+            return Rule(rule.ours, rule.theirs, times(1.01)) if down else rule
+
+        return [enlarged(rule) for rule in right(self, model)]
+
+    monkeypatch.setattr(LlamaLike, "rules", wrong)
+    with pytest.raises(ConversionError, match="logits differ by up to"):
+        export(dump, tmp_path / "out")
+    (left,) = tmp_path.iterdir()
+    assert left.name == "out.conversion_report.json"
+    assert json.loads(left.read_text())["verified"]["max_logit_difference"] > 1e-4
+    assert convert_to_hf.main([str(dump), str(tmp_path / "out")]) == 1
+    assert "was not made" in capsys.readouterr().err
+
+
+def test_scripts_end_with_their_codes(
+    dump: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert_to_hf.main([str(dump), str(tmp_path / "hf"), "--no-verify", "--max-shard-size", "1MB"]) == 0
+    assert "LlamaForCausalLM of step 7, float32, not verified" in capsys.readouterr().out
+    assert convert_from_hf.main([str(good), str(tmp_path / "back")]) == 0
+    assert (tmp_path / "back" / "checkpoint" / "step-0" / "manifest.json").is_file()
+    with pytest.raises(SystemExit, match="2"):
+        convert_to_hf.main([str(tmp_path / "nothing"), str(tmp_path / "out")])
+    with pytest.raises(SystemExit, match="2"):
+        convert_from_hf.main([str(tmp_path / "nothing"), str(tmp_path / "out")])

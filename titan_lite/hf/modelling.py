@@ -1,0 +1,163 @@
+"""Models of this package for transformers, where no published architecture computes what they do.
+
+An exported folder names these classes in a small file of its own (`REMOTE_CODE`), so that
+`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` finds them where this package is installed. Where
+this module was imported before, it needs no such permission.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from titan_lite.models.context import LayerMemory, Memory
+from titan_lite.models.head.output import Output
+from titan_lite.models.transformer import Transformer
+
+REMOTE_FILE: Final = "modeling_titan_lite"
+REMOTE_CODE: Final = '''"""The classes of this model, which are part of the package titan_lite."""
+
+from titan_lite.hf.modelling import TitanLiteConfig, TitanLiteForCausalLM
+
+__all__ = ["TitanLiteConfig", "TitanLiteForCausalLM"]
+'''
+
+
+class TitanLiteConfig(PreTrainedConfig):
+    """`titan_lite` holds the [model] table of the training file, resolved."""
+
+    model_type = "titan_lite"
+
+    def __init__(self, titan_lite: dict[str, Any] | None = None, vocab_size: int = 0, **kwargs: Any):
+        self.titan_lite = titan_lite or {}
+        self.vocab_size = vocab_size
+        super().__init__(**kwargs)
+
+    def model_config(self) -> Transformer.Config:
+        """The model's own config."""
+        return Transformer.Config.model_validate(self.titan_lite)
+
+
+class GrowingLayer(LayerMemory):
+    """Keys and values of one layer, (B, G, S, Dh)."""
+
+    def __init__(self) -> None:
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
+        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
+        return self.k, self.v
+
+    def take(self, other: GrowingLayer, tokens: int) -> None:
+        assert other.k is not None
+        assert other.v is not None
+        self.extend(other.k[:, :, -tokens:], other.v[:, :, -tokens:])
+
+    def reorder(self, rows: Tensor) -> None:
+        """Row i becomes what row rows[i] was."""
+        if self.k is not None and self.v is not None:
+            self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+
+
+class GrowingCache(Memory):
+    """What transformers' generate() passes from step to step as `past_key_values`."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.layers: dict[int, GrowingLayer] = {}
+        self.padding: Tensor | None = None
+        """(B,) tokens that stand before each row's text."""
+
+    def layer(self, index: int) -> GrowingLayer:
+        return self.layers.setdefault(index, GrowingLayer())
+
+    def first_key(self, documents: Tensor | None) -> Tensor | None:
+        return self.padding
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, by the name that transformers asks for."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """For beam search."""
+        for layer in self.layers.values():
+            layer.reorder(beam_idx.to(layer.k.device if layer.k is not None else beam_idx.device))
+        if self.padding is not None:
+            self.padding = self.padding.index_select(0, beam_idx)
+
+
+class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
+    """The transformer of this package with a language-model head."""
+
+    config_class = TitanLiteConfig
+    base_model_prefix = "model"
+    _supports_sdpa = True
+    _no_split_modules = ["SequentialBlock", "ParallelBlock", "ParallelSharedNormBlock"]
+
+    def __init__(self, config: TitanLiteConfig):
+        super().__init__(config)
+        self.model: Transformer = config.model_config().build(vocab_size=config.vocab_size)
+        self.post_init()
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        """Weights come from files."""
+
+    def get_input_embeddings(self) -> torch.nn.Module:
+        return self.model.embedding
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: GrowingCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast:
+        """Ids (B, T) -> logits (B, T, V), of the last `logits_to_keep` positions where it is not 0.
+
+        Rows of one batch may be padded on their left. ValueError where a model has positions that this would shift.
+        """
+        cache = past_key_values if past_key_values is not None else GrowingCache()
+        if cache.length == 0 and attention_mask is not None:
+            cache.padding = self._padding(attention_mask)
+
+        def consume(x: Tensor, output: Output) -> Tensor:
+            return output.logits(x[:, -logits_to_keep:] if logits_to_keep else x)
+
+        needed = use_cache or past_key_values is not None or cache.padding is not None
+        logits: Tensor = self.model(input_ids, memory=cache if needed else None, consume=consume)
+        cache.length += input_ids.shape[1]
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache if use_cache else None))
+
+    def _padding(self, attention_mask: Tensor) -> Tensor | None:
+        """(B,) hidden tokens on the left of each row; what is hidden on the right is seen by nothing before it."""
+        hidden = (attention_mask != 0).int().argmax(dim=1)
+        if not hidden.any():
+            return None
+        position = getattr(self.config.model_config().embedding, "position", None)
+        if position is not None and position.model_dump()["type"] != "none":
+            raise ValueError(
+                "rows padded on the left have other positions, and model.embedding.position "
+                f"is {position.model_dump()['type']!r}: generate for one row at a time"
+            )
+        return hidden
+
+
+AutoConfig.register("titan_lite", TitanLiteConfig, exist_ok=True)
+AutoModelForCausalLM.register(TitanLiteConfig, TitanLiteForCausalLM, exist_ok=True)

@@ -1,0 +1,205 @@
+"""A Hugging Face folder as tensors of ours: which model it holds, and whether it is whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from titan_lite.config.errors import BAD_INPUT, CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, ConfigError, Problem, show
+from titan_lite.hf import ARCHITECTURES, Architecture
+from titan_lite.hf.folds import Shape
+from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
+from titan_lite.hf.rule import Rule, Tensors, Transform
+from titan_lite.hf.source import Image, Meta, Source
+from titan_lite.hf.stored import FolderTensors, read_json
+from titan_lite.models.spec import collect_specs
+from titan_lite.models.transformer import Transformer
+
+OWN: Final = "titan_lite"
+UNUSED: Final = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
+"""Buffers that older files hold and that no model reads."""
+SHOWN: Final = 20
+
+
+@dataclass(frozen=True)
+class Folder:
+    """What a folder says it is."""
+
+    path: Path
+    model_type: str
+    architecture: Architecture | None
+    """None for a model of this package's own."""
+    tables: Tables
+    """[model], with vocab_size."""
+    context_len: int
+    """The longest text; 0 = not said."""
+    settings: Mapping[str, Any]
+
+
+def open_folder(path: Path) -> Folder:
+    """Reads config.json. ConfigError for a model that is not known here or has a setting without a place here."""
+    file = path / "config.json"
+    given = read_json(file)
+    model_type = str(given.get("model_type", ""))
+    if "quantization_config" in given:
+        why = "is quantized; only weights in a floating-point type are read"
+        raise ConfigError.at(str(file), why, code=NOT_AVAILABLE)
+    context_len = given.get("max_position_embeddings") or given.get("n_positions") or 0
+    if model_type == OWN and isinstance(given.get(OWN), dict):
+        tables = {**given[OWN], "vocab_size": given.get("vocab_size")}
+        return Folder(path, OWN, None, tables, context_len, given)
+    if model_type not in ARCHITECTURES:
+        why = f"the model_type {show(model_type)} is not known here"
+        raise ConfigError.at(str(file), why, allowed=", ".join(sorted([*ARCHITECTURES, OWN])), code=NOT_ALLOWED)
+    settings = _completed(file, model_type, given)
+    architecture = ARCHITECTURES[model_type]
+    try:
+        tables = architecture.tables(settings)
+    except ConfigError as error:
+        raise ConfigError(replace(problem, file=str(file)) for problem in error.problems) from None
+    return Folder(path, model_type, architecture, tables, int(context_len), settings)
+
+
+def _completed(file: Path, model_type: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The settings with transformers' defaults for those that are not given."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        return dict(CONFIG_MAPPING[model_type].from_dict(given).to_dict())
+    except Exception as error:  # whatever their checks raise
+        why = f"is no config of a {model_type} model: {str(error).splitlines()[0] if str(error) else error!r}"
+        raise ConfigError.at(str(file), why) from None
+
+
+def our_tensors(folder: Folder, shape: Shape) -> Source:
+    """The folder's weights as those of our model. ConfigError names every tensor that is missing, or too many.
+
+    Weights keep their type; those that are changed by a number become float64, so that nothing is lost.
+    """
+    if folder.architecture is None:
+        rules = [Rule((name,), (f"model.{name}",)) for name in shape.meta]
+    else:
+        rules = folder.architecture.rules(shape.config)
+    files = FolderTensors(folder.path)
+    source = _renamed(folder, files, rules, shape)
+    made = {name for rule in rules for name in rule.ours}
+    fresh = [_at_first(name, shape) for name in shape.meta if name not in made]
+    return Image([*(_precise(rule.opposite()) for rule in rules), *fresh], source)
+
+
+def _at_first(name: str, shape: Shape) -> Rule:
+    """A buffer that only training reads, as it is at the start of one."""
+    start, meta = collect_specs(shape.model)[name].start, shape.meta[name]
+    assert isinstance(start, float)
+    return Rule((), (name,), Transform(lambda t: (torch.full(meta.shape, start, dtype=meta.dtype),), lambda t: ()))
+
+
+def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
+    """Keys of [model] in which a run's model is another than the folder's."""
+    image = Transformer.Config.model_validate(folder.tables)
+    theirs = normal_form(image)
+    for path, value, other in differences(absorbed(normal_form(ours), theirs), theirs):
+        key = ".".join(("model", *(str(part) for part in path if part != "layers" and not isinstance(part, int))))
+        why = f"is another model than the {folder.model_type} model in {folder.path}"
+        yield Problem(CROSS_FIELD, key, why, value, show(other))
+
+
+def _renamed(folder: Folder, files: FolderTensors, rules: list[Rule], shape: Shape) -> Source:
+    """The folder's tensors under the names of transformers' modules, all there and of the right shapes."""
+    loaded = Image(rules, Meta(shape.meta))
+    candidates: list[tuple[Source, Source]] = [(loaded, files)]
+    if folder.architecture is not None:
+        names = folder.architecture.files
+        prefixed = Prefixed(files, _base(folder.architecture))
+        candidates = [(names.published(loaded), names.loaded(files)), (loaded, files), (loaded, prefixed)]
+    expected, source = min(candidates, key=lambda both: len(both[0].meta.keys() - _names(both[1], files)))
+    own = source.meta if isinstance(source, Prefixed) else files.meta
+    if problems := list(_misfits(folder, expected.meta, own, bool(shape.config.head.tied))):
+        raise ConfigError(problems)
+    if shape.config.head.tied:
+        _same_head(folder, files)
+    return source
+
+
+def _names(source: Source, files: FolderTensors) -> set[str]:
+    return set(source.meta) if isinstance(source, Prefixed) else set(files.meta)
+
+
+def _base(architecture: Architecture) -> str:
+    """What stands before the names of all tensors but the head's in transformers' model."""
+    import transformers
+
+    return str(getattr(transformers, architecture.class_name).base_model_prefix)
+
+
+class Prefixed:
+    """Files of a model that was saved without its head: the names lack their first part."""
+
+    def __init__(self, files: FolderTensors, base: str):
+        self.files = files
+        self._names = {
+            name if name.startswith(("lm_head.", f"{base}.")) else f"{base}.{name}": name for name in files.meta
+        }
+        self.meta: Mapping[str, Tensor] = {new: files.meta[name] for new, name in self._names.items()}
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.files.read(self._names[name], start, stop)
+
+
+def _misfits(
+    folder: Folder, expected: Mapping[str, Tensor], found: Mapping[str, Tensor], tied: bool
+) -> Iterator[Problem]:
+    missing = [name for name in expected if name not in found]
+    shapes = [
+        f"{name}: {list(found[name].shape)}, by config.json {list(meta.shape)}"
+        for name, meta in expected.items()
+        if name in found and found[name].shape != meta.shape
+    ]
+    extra = [
+        name
+        for name in found
+        if name not in expected and not UNUSED.fullmatch(name) and not (tied and name == "lm_head.weight")
+    ]
+    types = [
+        f"{name}: {meta.dtype}" for name, meta in found.items() if name in expected and not meta.is_floating_point()
+    ]
+    for text, names in (
+        ("lacks {n} tensors of the model", missing),
+        ("has {n} tensors of another shape than its model", shapes),
+        ("has {n} tensors that its model does not", extra),
+        ("has {n} tensors that are no floating-point numbers", types),
+    ):
+        if names:
+            more = [f"... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
+            lines = "".join(f"\n      {name}" for name in names[:SHOWN] + more)
+            yield Problem(BAD_INPUT, str(folder.path), text.format(n=len(names)) + ":" + lines)
+
+
+def _same_head(folder: Folder, files: FolderTensors) -> None:
+    """A tied head that is in the files as well has to be the embedding."""
+    head = "lm_head.weight"
+    if head not in files.meta:
+        return
+    same = [name for name in files.meta if name != head and files.meta[name].shape == files.meta[head].shape]
+    if not any(torch.equal(files.read(name), files.read(head)) for name in same):
+        why = f"{head} is not the embedding, and config.json says that it is (tie_word_embeddings)"
+        raise ConfigError.at(str(folder.path), why)
+
+
+def _precise(rule: Rule) -> Rule:
+    """The rule, in float64 where it changes values."""
+    if rule.transform.exact:
+        return rule
+    inner = rule.transform.to_hf
+
+    def widened(t: Tensors) -> Tensors:
+        return inner(tuple(x.double() for x in t))
+
+    transform = Transform(widened, rule.transform.from_hf, rule.transform.rowwise, rule.transform.whole, exact=False)
+    return replace(rule, transform=transform)

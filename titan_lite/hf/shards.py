@@ -1,0 +1,123 @@
+"""Safetensors files, written piece by piece from a source."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from titan_lite.checkpoint.shard import DTYPE_CODES, as_bytes, nbytes
+from titan_lite.hf.source import Source, pieces
+from titan_lite.hf.stored import INDEX, ONE_FILE
+
+UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a number, as transformers reads them. ValueError otherwise."""
+    match = re.fullmatch(r"(\d+)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS or int(match[1]) == 0:
+        raise ValueError(f"{text!r} is no size")
+    return int(match[1]) * UNITS[match[2].upper()]
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a folder's weights came to."""
+
+    files: tuple[str, ...]
+    tensors: int
+    parameters: int
+    bytes: int
+    largest_file: int
+
+
+def write_shards(folder: Path, source: Source, dtype: torch.dtype, limit: int) -> Written:
+    """Writes all tensors to files of at most `limit` bytes, or one tensor, and an index where they are several."""
+    types = {name: dtype if meta.is_floating_point() else meta.dtype for name, meta in source.meta.items()}
+    sizes = {name: nbytes(types[name], tuple(meta.shape)) for name, meta in source.meta.items()}
+    groups = _groups(sizes, limit)
+    names = [ONE_FILE] if len(groups) == 1 else [_file(i, len(groups)) for i in range(len(groups))]
+    for file, group in zip(names, groups, strict=True):
+        write_file(folder / file, source, {name: types[name] for name in group})
+    total, parameters = sum(sizes.values()), sum(meta.numel() for meta in source.meta.values())
+    if len(groups) > 1:
+        weight_map = {name: file for file, group in zip(names, groups, strict=True) for name in group}
+        index = {"metadata": {"total_size": total, "total_parameters": parameters}, "weight_map": weight_map}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    largest = max(sum(sizes[name] for name in group) for group in groups)
+    return Written(tuple(names), len(sizes), parameters, total, largest)
+
+
+def _groups(sizes: Mapping[str, int], limit: int) -> list[list[str]]:
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    return groups
+
+
+def _file(number: int, count: int) -> str:
+    return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def write_file(path: Path, source: Source, types: Mapping[str, torch.dtype]) -> dict[str, int]:
+    """Writes the named tensors in these types to the new file, durably; returns where each one's values begin."""
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    begins, end = {}, 0
+    for name in sorted(types, key=lambda name: -types[name].itemsize):  # each is aligned to its type
+        shape = tuple(source.meta[name].shape)
+        begins[name], end = end, end + nbytes(types[name], shape)
+        offsets = [begins[name], end]
+        table[name] = {"dtype": DTYPE_CODES[types[name]], "shape": list(shape), "data_offsets": offsets}
+    head = json.dumps(table, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "xb", buffering=0) as file:
+        _write(file.fileno(), memoryview(len(head).to_bytes(8, "little") + head))
+        for name in begins:
+            for start, stop in pieces(source.meta[name]):
+                _write(file.fileno(), as_bytes(_typed(source.read(name, start, stop), types[name])))
+        os.fsync(file.fileno())
+    return {name: 8 + len(head) + begin for name, begin in begins.items()}
+
+
+def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype).contiguous()
+
+
+def _write(fd: int, data: memoryview) -> None:
+    while data:  # the kernel may take less than it was given
+        data = data[os.write(fd, data) :]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a small file whole and makes it durable."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a small file whole and makes it durable."""
+    with open(path, "xb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def common_dtype(metas: Sequence[Tensor]) -> torch.dtype:
+    """The type that most numbers of a model have."""
+    counts: dict[torch.dtype, int] = {}
+    for meta in metas:
+        if meta.is_floating_point():
+            counts[meta.dtype] = counts.get(meta.dtype, 0) + meta.numel()
+    return max(counts, key=lambda dtype: counts[dtype])
