@@ -93,7 +93,7 @@ def test_wrong_guesses_change_nothing(name: str, temperature: float):
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_guess_what_they_were_trained_to(kind: str):
     """Guesses are those of the training's forward at the same position, however the text was cut before."""
-    model = tiny_model(init={"type": "normal", "std": 0.3}, mtp={"type": kind, "depth": 3})
+    model = tiny_model(init={"type": "normal", "std": 0.3}, mtp={"type": kind, "depth": 3}, embedding=LEARNED)
     seen: list[list[int]] = []
     make = model.mtp.drafts
 

@@ -49,7 +49,7 @@ MORE: dict[str, dict[str, Any]] = {
 def sections(name: str, local_batch_size: int = 8, **more: Any) -> dict[str, Any]:
     model = {"dim": 32, "n_layers": 2, "init": {"type": "normal", "std": 0.1}} | (MODELS | MORE)[name]
     training = {"local_batch_size": local_batch_size, "global_batch_size": 8, "loss_chunk_tokens": 24}
-    return {"model": model, "training": training} | more
+    return {"model": model, "training": training, "optimizer": {"lr": 1e-2, "weight_decay": 0.0}} | more
 
 
 def run(tables: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, float]]:
@@ -97,6 +97,18 @@ def test_everything_learns_and_is_told(serial: dict[str, Any], name: str):
     metrics = serial[name][3]
     assert list(metrics) == ["mtp.loss_1", "mtp.loss_2"]
     assert all(3.5 < value < 5 for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_its_blocks_are_recomputed_and_compiled_too(name: str):
+    """With "2", layers 2 and 4 of the 2 + 2."""
+    recomputed = {"mode": "selective", "selective_ac_option": "2"}
+    compiled = {"enable": True, "backend": "aot_eager"}
+    _, training = build_tiny(sections(name, activation_checkpoint=recomputed, compile=compiled))
+    blocks = training.model.blocks()
+    assert [path.partition(".predictors")[0] for path in blocks] == ["stack.blocks.0", "stack.blocks.1", "mtp", "mtp"]
+    assert ["forward" in vars(block) for block in blocks.values()] == [False, True, False, True]
+    assert all(block._compiled_call_impl is not None for block in blocks.values())
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -71,7 +71,7 @@ def test_rezero_begins_as_the_identity(residual: dict[str, Any]):
     model, deeper = (tiny_model(residual=residual, n_layers=n) for n in (2, 5))
     tokens = torch.randint(VOCAB, (2, 7))
     x = model.embedding(tokens, model.context(tokens))
-    assert torch.equal(model.stack(x, model.context(tokens)), x)
+    assert torch.equal(model.stack(x, model.context(tokens)).x, x)
     assert torch.equal(model(tokens), deeper(tokens))
     gradients(model)
     for name, parameter in model.named_parameters():

@@ -46,7 +46,7 @@ def test_one_iteration_of_nothing_else_is_a_plain_model():
     # The stack's one norm acts before the coda and behind it: once more than the plain model's.
     weights = {name.replace("stack.norm", "norm"): parameter for name, parameter in model.named_parameters()}
     plain.load_state_dict(weights)
-    x = plain.stack(plain.embedding(TOKENS, plain.context(TOKENS)), plain.context(TOKENS))
+    x = plain.stack(plain.embedding(TOKENS, plain.context(TOKENS)), plain.context(TOKENS)).x
     expected = plain.head(plain.norm(plain.norm(x)), plain.embedding, lambda x, output: output.logits(x))
     assert torch.equal(model(TOKENS, facts=facts(0, 1)), expected)
 
