@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Decoding(Memory):
     """A segment that grows by each call's tokens behind what its memory shows; when it is full, the next one begins."""
 
+    grows = True
     plain_keys = True
 
     def __init__(self, memory: LongTermMemory, seq_len: int):
