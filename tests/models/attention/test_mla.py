@@ -140,6 +140,18 @@ def test_decoding_equals_the_whole_text(form: str, monkeypatch: pytest.MonkeyPat
 
 
 @torch.no_grad()
+def test_decoding_with_the_matrices_of_another_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = Count(monkeypatch)
+    model, text = tiny_model(**tables(), stack={"type": "shared", "scope": "attention"}), tokens(8)
+    cache = KVCache(8)
+    for start, stop in ((0, 6), (6, 8)):
+        logits = model(text[:, start:stop], memory=cache)
+        cache.advance(stop - start)
+        torch.testing.assert_close(logits, model(text)[:, start:stop], atol=ATOL, rtol=0)
+    assert count.calls == 2
+
+
+@torch.no_grad()
 def test_a_narrow_latent_does_not_change_the_first_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would take fewer FLOPs there as well, but the kernel that the config chose is for the whole text."""
     count = Count(monkeypatch)

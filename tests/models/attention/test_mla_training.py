@@ -64,7 +64,6 @@ def test_recomputed_activations_change_nothing(serial: Run, mode: str) -> None:
 
 
 def test_layers_that_share_matrices(pool2: Any) -> None:
-    """Decoding reads the matrix that makes keys and values; it is another module's here."""
     tables = sections(4, model=MODEL | {"stack": {"type": "shared", "scope": "attention"}})
     whole = train(tables, STEPS)
     for run in pool2.run(train, tables, STEPS):
