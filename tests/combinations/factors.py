@@ -51,6 +51,8 @@ SIZES: dict[str, Any] = {
     "value": 0.5,
     "cap": 5.0,
     "schedule": [0, 0],
+    "kv_rank": 16,
+    "rope_dim": 8,
 }
 """Values for keys that must be given, and for widths, in a tiny model."""
 
@@ -71,6 +73,7 @@ BY_HAND: dict[str, list[Any]] = {
     "model.attention.position.fraction": [1.0, 0.5],
     "model.attention.n_kv_heads": [0, 2, 1],
     "model.attention.value_dim": [0, 4],
+    "model.attention.q_rank": [0, 12],
     "model.layers": [[], [{"at": -1, "attention": {"masks": ["causal"], "position": "none"}}]],
 }
 """Numbers and lists worth two levels; the first is the default."""

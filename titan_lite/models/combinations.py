@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem, show
-from titan_lite.models.attention import GroupedAttention, ValueResidual
+from titan_lite.models.attention import GroupedAttention, HeadAttention, ValueResidual
 from titan_lite.models.attention.kernel.flash import FlashAttention
 from titan_lite.models.attention.mask import Documents, SlidingWindow
 from titan_lite.models.layers import SLOTS, Variant, variants
@@ -53,9 +53,10 @@ _DROPOUTS = ("model.residual.dropout", "model.attention.dropout", "model.embeddi
 # Source: arXiv 2410.01131, section 2.6.
 NGPT: tuple[Rule, ...] = (
     *(_ngpt("needs", key, ("none",), f"it has no norms: {_ONE_LENGTH}") for key in _NORMS),
-    *(_ngpt("excludes", key, (True, "q", "k", "v", "o"), "it has no biases") for key in _BIASES),
+    *(_ngpt("excludes", key, (True, "q", "k", "v", "kv", "o"), "it has no biases") for key in _BIASES),
     *(_ngpt("needs", key, (0.0,), f"it has no dropout: {_ONE_LENGTH}") for key in _DROPOUTS),
     _ngpt("needs", "model.residual.scale.type", ("none",), "a branch's length does not matter, its scale is alpha"),
+    _ngpt("excludes", "model.attention.type", ("mla",), f"how latents keep it is not published: {_ONE_LENGTH}"),
     _ngpt("excludes", "model.ffn.type", ("moe", "peer"), f"how experts keep it is not published: {_ONE_LENGTH}"),
     _ngpt("needs", "optimizer.weight_decay", (0.0,), f"there is nothing to decay: {_ONE_LENGTH}"),
     Rule(
@@ -241,10 +242,10 @@ def _what_memory_needs(settings: Settings) -> Iterator[Problem]:
     memory, attention = settings.job.model.memory, settings.variant.layer.attention
     if not isinstance(memory, XL.Config):
         return
-    if not isinstance(attention, GroupedAttention.Config):
+    if not isinstance(attention, HeadAttention.Config):
         kind = show(attention.model_dump()["type"])
         why = f"remembers keys and values of heads, which {settings.key('model.attention')}.type = {kind} does not make"
-        yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, '"none", or attention in grouped heads')
+        yield Problem(CROSS_FIELD, "model.memory.type", why, memory.type, '"none", or attention in heads')
         return
     if isinstance(attention.kernel, FlashAttention.Config):
         why = f'does not go with {settings.key("model.attention")}.kernel.type = "flash_attn", which cannot leave out '

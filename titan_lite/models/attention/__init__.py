@@ -5,11 +5,13 @@ from titan_lite.models.attention.fused import FusedGQA as FusedGQA
 from titan_lite.models.attention.gate import Gate as Gate
 from titan_lite.models.attention.gqa import GQA as GQA
 from titan_lite.models.attention.gqa import GroupedAttention as GroupedAttention
+from titan_lite.models.attention.heads import HeadAttention as HeadAttention
 from titan_lite.models.attention.kernel import SDPA as SDPA
 from titan_lite.models.attention.kernel import Kernel as Kernel
 from titan_lite.models.attention.mask import Causal as Causal
 from titan_lite.models.attention.mask import Documents as Documents
 from titan_lite.models.attention.mask import Mask as Mask
+from titan_lite.models.attention.mla import MLA as MLA
 from titan_lite.models.attention.qk_norm import QKNorm as QKNorm
 from titan_lite.models.attention.registers import Registers as Registers
 from titan_lite.models.attention.score import Score as Score

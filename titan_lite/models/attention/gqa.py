@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
@@ -10,20 +10,13 @@ from pydantic import Field
 from torch import Tensor
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
-from titan_lite.config.fields import Count, PositiveFloat, PositiveInt, Probability
+from titan_lite.config.fields import Count
 from titan_lite.models.activation import Activation, activation
-from titan_lite.models.attention.base import Attention
-from titan_lite.models.attention.gate import Gate, NoGate
-from titan_lite.models.attention.kernel import SDPA, Kernel, PreparedKernel, Scoring
-from titan_lite.models.attention.mask import Causal, Mask
+from titan_lite.models.attention.heads import HeadAttention, Kept, undivided
 from titan_lite.models.attention.qk_norm import NoQKNorm, QKNorm
-from titan_lite.models.attention.registers import NoRegisters, Registers
-from titan_lite.models.attention.score import Score, Softmax
-from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.attention.value import NoValueMix, ValueMix
 from titan_lite.models.context import Context
 from titan_lite.models.linear import Linear
-from titan_lite.models.position import Position, RoPE
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -31,15 +24,13 @@ if TYPE_CHECKING:
 Projection = Literal["q", "k", "v", "o"]
 
 
-class GroupedAttention(Attention):
+class GroupedAttention(HeadAttention):
     """H query heads share G key/value heads: head h reads key/value head floor(h G / H). Source: arXiv 2305.13245.
 
     A subclass says which matrices make queries, keys and values.
     """
 
-    class Config(Attention.Config):
-        n_heads: PositiveInt = 8
-        """Query heads H."""
+    class Config(HeadAttention.Config):
         n_kv_heads: Count = 0
         """Key/value heads G, a divisor of n_heads; 0 = n_heads (multi-head attention), 1 = multi-query attention."""
         head_dim: Count = 0
@@ -48,54 +39,29 @@ class GroupedAttention(Attention):
         """Width of a value head Dv; 0 = head_dim."""
         bias: Annotated[tuple[Projection, ...], Field(strict=False)] = ()
         """Projections with a bias."""
-        scale: Literal["inverse_sqrt", "inverse", "sqrt"] | PositiveFloat = "inverse_sqrt"
-        """Factor of the scores: 1 / sqrt(Dh), 1 / Dh (muP), sqrt(Dh) (nGPT), or a number."""
         activation: Activation = "identity"
         """Applied to projected queries, keys and values (MegaTransformer's heads_activation)."""
         qk_norm: QKNorm.Config = NoQKNorm.Config()
         """Normalisation of queries and keys."""
-        position: Position.Config = RoPE.Config()
-        """Position encoding of queries and keys."""
         value_mix: ValueMix.Config = NoValueMix.Config()
         """What is mixed into the values."""
-        masks: Annotated[tuple[Mask.Config, ...], Field(strict=False, min_length=1)] = (Causal.Config(),)
-        """What a query may see; all of them must allow it."""
-        score: Score.Config = Softmax.Config()
-        """From scores to the weights of the values."""
-        dropout: Probability = 0.0
-        """Probability with which a weight of a value is dropped."""
-        registers: Registers.Config = NoRegisters.Config()
-        """Learned keys and values that every query sees beside those of the tokens."""
-        sink: Sink.Config = NoSink.Config()
-        """What a query may attend to instead of any token."""
-        gate: Gate.Config = NoGate.Config()
-        """Gate on the heads' output."""
-        kernel: Kernel.Config = SDPA.Config()
-        """What computes the attention."""
 
         def width(self, dim: int) -> int:
-            """Dh of a model of this width."""
             return self.head_dim or dim // self.n_heads
+
+        def value_width(self, dim: int) -> int:
+            return self.value_dim or self.width(dim)
 
         def value_shape(self, dim: int) -> tuple[int, int]:
             """G and Dv of a model of this width."""
-            return self.n_kv_heads or self.n_heads, self.value_dim or self.width(dim)
+            return self.n_kv_heads or self.n_heads, self.value_width(dim)
 
-        def score_scale(self, head_dim: int) -> float:
-            """The factor of the scores as a number."""
-            if isinstance(self.scale, str):
-                return {"inverse_sqrt": head_dim**-0.5, "inverse": 1 / head_dim, "sqrt": head_dim**0.5}[self.scale]
-            return self.scale
+        def kept(self, dim: int) -> Kept:
+            n_kv_heads, value_dim = self.value_shape(dim)
+            return Kept((n_kv_heads, self.width(dim)), (n_kv_heads, value_dim))
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-            if not any(isinstance(mask, Causal.Config) for mask in self.masks):
-                yield Problem(
-                    code=CROSS_FIELD,
-                    key=".masks",
-                    value=[mask.model_dump() for mask in self.masks],
-                    why='lacks "causal": next-token training would see its targets',
-                    allowed='a list with { type = "causal" }, and more masks if wanted',
-                )
+            yield from super().problems(job, world_size)
             if self.n_kv_heads and self.n_heads % self.n_kv_heads:
                 divisors = [g for g in range(1, self.n_heads + 1) if self.n_heads % g == 0]
                 yield Problem(
@@ -106,19 +72,9 @@ class GroupedAttention(Attention):
                     allowed=", ".join(map(str, divisors)),
                 )
             if not self.head_dim and job.model.dim % self.n_heads:
-                yield Problem(
-                    code=CROSS_FIELD,
-                    key=".n_heads",
-                    value=self.n_heads,
-                    why=f"must divide model.dim ({job.model.dim}) where head_dim is not given",
-                    allowed="a divisor of model.dim, or set head_dim",
-                )
+                yield undivided(self.n_heads, job.model.dim)
             else:
                 yield from self.position.head_problems(self.width(job.model.dim))
-            yield from self.kernel.refusals(self, job.model.dim)
-
-        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-            yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
@@ -129,21 +85,8 @@ class GroupedAttention(Attention):
         self.o = linear.build(self.n_heads * self.value_dim, dim, start="residual", bias="o" in config.bias)
         heads = {"n_heads": self.n_heads, "n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim}
         self.qk_norm = config.qk_norm.build(dim=dim, **heads)
-        self.position = config.position.build(n_heads=self.n_heads, head_dim=self.head_dim)
         self.value_mix = config.value_mix.build()
-        shapes = {"n_kv_heads": self.n_kv_heads, "head_dim": self.head_dim, "value_dim": self.value_dim}
-        self.registers: Registers = config.registers.build(**shapes)
-        scoring = Scoring(
-            scale=config.score_scale(self.head_dim),
-            masks=tuple(mask.build() for mask in config.masks),
-            bias=self.position.bias,
-            score=config.score.build(),
-            dropout=config.dropout,
-            registers=self.registers.n,
-        )
-        self.kernel = config.kernel.build(scoring=scoring)
-        self.sink = config.sink.build(n_heads=self.n_heads)
-        self.gate = config.gate.build(dim=dim, n_heads=self.n_heads, value_dim=self.value_dim, linear=linear)
+        self.attend_with(config, dim, linear, turned=self.head_dim, kept=config.kept(dim))
 
     def project_with(self, config: Config, dim: int, linear: Linear.Config) -> None:
         """Makes the matrices that `project` uses."""
@@ -169,13 +112,6 @@ class GroupedAttention(Attention):
         k, v = self.registers(k, v, self.position)
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
-
-    def shared(self) -> Iterator[Position | PreparedKernel]:
-        yield self.position
-        yield self.kernel
-
-    def score_flops_per_token(self, seq_len: int) -> int:
-        return 2 * self.n_heads * (self.head_dim + self.value_dim) * (self.registers.n + seq_len)
 
 
 class GQA(GroupedAttention):

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from titan_lite.config.fields import PositiveInt
-from titan_lite.models.attention import GroupedAttention
+from titan_lite.models.attention import HeadAttention
 from titan_lite.models.block import Layer
 from titan_lite.models.context import Projects
 from titan_lite.models.memory.base import LaneMemory, SlotMemory
@@ -182,9 +182,6 @@ def _shapes(config: XL.Config, attention: object, dim: int) -> dict[str, tuple[i
     """Of what one layer keeps for a row."""
     if config.recompute_kv:
         return {"x": (config.length, dim)}
-    assert isinstance(attention, GroupedAttention.Config)
-    n_kv_heads, value_dim = attention.value_shape(dim)
-    return {
-        "k": (n_kv_heads, config.length, attention.width(dim)),
-        "v": (n_kv_heads, config.length, value_dim),
-    }
+    assert isinstance(attention, HeadAttention.Config)
+    kept = attention.kept(dim)._asdict()
+    return {name: (n_heads, config.length, width) for name, (n_heads, width) in kept.items()}

@@ -46,6 +46,10 @@ class Position(Module):
             """What is wrong with heads of this width; keys are relative to the attention."""
             return ()
 
+        def score_factor(self) -> float:
+            """What scores are multiplied by where a part of each head alone has positions (`MLA`)."""
+            return 1.0
+
     def prepare(self, context: Context) -> Any:
         """What every layer with this encoding shares in one forward."""
         return None

@@ -74,6 +74,9 @@ class RoPE(Position):
         def build(self, *args: Any, **sizes: Any) -> RoPE:
             return (MovingRoPE if self.moves() else RoPE)(self, *args, **sizes)
 
+        def score_factor(self) -> float:
+            return self.scaling.score_factor()
+
         def head_problems(self, head_dim: int) -> Iterable[Problem]:
             width = self.width(head_dim)
             if width > 0 and width % 2 == 0:

@@ -39,6 +39,11 @@ class Same(nn.Module):
     def forward(self, *args: Any) -> Any:
         return self._owner[0](*args)
 
+    @property
+    def weight(self) -> Any:
+        """The owner's matrix, for a part that does more than multiply by it (`MLA`). Within a forward."""
+        return self._owner[0].weight
+
 
 def share(holder: Holder, block: Block, branch: str) -> None:
     """Makes the block's branch use the matrices of `holder`; its own ones go there if they are the first."""

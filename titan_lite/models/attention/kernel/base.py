@@ -20,7 +20,7 @@ from titan_lite.models.module import Module
 from titan_lite.models.position import ScoreBias
 
 if TYPE_CHECKING:
-    from titan_lite.models.attention.gqa import GroupedAttention
+    from titan_lite.models.attention.heads import HeadAttention
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Kernel(Module):
         skips: ClassVar[bool] = False
         """Whether it leaves out blocks of keys that no query of a block may see."""
 
-        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+        def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:
             """What this kernel does not compute of the attention around it, in a model of width `dim`.
 
             Keys are relative to the attention.
@@ -146,7 +146,7 @@ class Kernel(Module):
                 why = f'kernel = "{name}" cannot give a sink what it needs: {self.no_lse}'
                 yield Problem(CROSS_FIELD, ".sink.type", why, type_of(sink), f'"none", or kernel = {able}')
 
-        def remarks(self, attention: GroupedAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
+        def remarks(self, attention: HeadAttention.Config, dim: int, seq_len: int) -> Iterable[str]:
             """What there is to say about the cost of this attention with this kernel; the same words for all layers."""
             masks = [mask.build() for mask in attention.masks]
             if self.skips or not any(mask.hides(seq_len, True) and not isinstance(mask, Causal) for mask in masks):

@@ -19,7 +19,7 @@ from titan_lite.models.position.alibi import ALiBi, ALiBiBias
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
-    from titan_lite.models.attention.gqa import GroupedAttention
+    from titan_lite.models.attention.heads import HeadAttention
 
 WIDEST_HEAD = 256
 MASKS = (Causal.Config, Documents.Config, SlidingWindow.Config)
@@ -50,15 +50,15 @@ class FlashAttention(Kernel):
         no_lse: ClassVar[str] = "flash_attn returns the log-sum-exp without a gradient"
         skips: ClassVar[bool] = True
 
-        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+        def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:
             yield from super().refusals(attention, dim)
-            width = attention.width(dim)
-            if (attention.value_dim or width) != width:
-                why = f'kernel = "flash_attn" wants values as wide as keys (head_dim, here {width})'
-                allowed = f'{width}, 0 for the same, or kernel = "sdpa", "flex" or "eager"'
-                yield Problem(CROSS_FIELD, ".value_dim", why, attention.value_dim, allowed)
+            width, value_width = attention.width(dim), attention.value_width(dim)
+            if value_width != width:
+                why = f'kernel = "flash_attn" wants values as wide as queries and keys, here {width}'
+                allowed = f'{width}, or kernel = "sdpa", "flex" or "eager"'
+                yield Problem(CROSS_FIELD, ".value_dim", why, value_width, allowed)
             if width > WIDEST_HEAD:
-                why = f'kernel = "flash_attn" takes heads up to a width (head_dim) of {WIDEST_HEAD}'
+                why = f'kernel = "flash_attn" takes heads up to a width of {WIDEST_HEAD}'
                 allowed = f'at most {WIDEST_HEAD}, or kernel = "sdpa", "flex" or "eager"'
                 yield Problem(CROSS_FIELD, ".head_dim", why, width, allowed)
             yield from _register_refusals(attention)
@@ -132,7 +132,7 @@ class FlashAttention(Kernel):
         return self.installed and q.is_cuda and q.dtype in DTYPES
 
 
-def _register_refusals(attention: GroupedAttention.Config) -> Iterable[Problem]:
+def _register_refusals(attention: HeadAttention.Config) -> Iterable[Problem]:
     """Queries see registers behind a causal mask alone, which is aligned with the last key."""
     found = type_of(attention.registers)
     if found == "none":

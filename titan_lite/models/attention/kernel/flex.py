@@ -17,7 +17,7 @@ from titan_lite.models.context import Context
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
-    from titan_lite.models.attention.gqa import GroupedAttention
+    from titan_lite.models.attention.heads import HeadAttention
 
 SMALLEST_HEAD = 16
 """Narrowest head of the kernel that torch writes for CUDA."""
@@ -52,10 +52,9 @@ class Flex(Kernel):
         no_dropout: ClassVar[str] = "flex_attention changes scores, and dropout acts behind their softmax"
         skips: ClassVar[bool] = True
 
-        def refusals(self, attention: GroupedAttention.Config, dim: int) -> Iterable[Problem]:
+        def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:
             yield from super().refusals(attention, dim)
-            width = attention.width(dim)
-            for key, found in ((".head_dim", width), (".value_dim", attention.value_dim or width)):
+            for key, found in ((".head_dim", attention.width(dim)), (".value_dim", attention.value_width(dim))):
                 if has_cuda() and found < SMALLEST_HEAD:
                     why = f'heads are {found} wide, and kernel = "flex" has none below {SMALLEST_HEAD} on CUDA'
                     yield Problem(NOT_HERE, key, why, found, f'at least {SMALLEST_HEAD}, or kernel = "sdpa" or "eager"')

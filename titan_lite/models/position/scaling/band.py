@@ -99,7 +99,7 @@ class YaRN(Reaching):
         mscale: NonNegativeFloat = 0.0
         """c of the numerator (DeepSeek); 0 = not used."""
         mscale_all_dim: NonNegativeFloat = 0.0
-        """c of the denominator (DeepSeek); 0 = not used."""
+        """c of the denominator (DeepSeek), and of m(c)^2, a factor of all scores of attention "mla"; 0 = not used."""
         truncate: bool = True
         """Begin and end the linear part at whole j, further out (gpt-oss does not)."""
 
@@ -122,6 +122,9 @@ class YaRN(Reaching):
             if theta <= 1:
                 why = f"needs frequencies that fall with j, but position.theta is {theta}"
                 yield Problem(CROSS_FIELD, ".type", why, "yarn", "theta above 1, or no scaling")
+
+        def score_factor(self) -> float:
+            return (0.1 * self.mscale_all_dim * math.log(self.factor) + 1) ** 2
 
         def amplitude(self) -> float:
             """What cos and sin are multiplied by."""

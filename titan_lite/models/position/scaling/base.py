@@ -31,6 +31,10 @@ class Scaling(Component):
             """Whether frequencies change with the length of the text."""
             return False
 
+        def score_factor(self) -> float:
+            """What scores are multiplied by beside the size of what is rotated, where that is a part of a head."""
+            return 1.0
+
         def rotation_problems(self, theta: float, width: int) -> Iterable[Problem]:
             """What is wrong with rotating `width` numbers of a head; keys are relative to the scaling."""
             return ()
