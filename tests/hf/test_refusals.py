@@ -93,6 +93,47 @@ NO_PLACE: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         {"attention": {"bias": ["q", "k", "v", "o"]}},
         {"attention.bias": '["k", "q", "v"]'},
     ),
+    "experts that are chosen otherwise": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"ffn": {"router": {"type": "softmax"}}},
+        {"ffn.router.type": '"sigmoid"'},
+    ),
+    "a dense layer behind others": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"layers": [{"at": 2, "ffn": {"type": "glu", "hidden": 256}}]},
+        {"ffn.type": '"glu"'},
+    ),
+    "a part of a shared expert": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"ffn": {"shared_hidden": 40}},
+        {"ffn.shared_hidden": "32"},
+    ),
+    "two widths of dense layers": (
+        "qwen3_moe",
+        "qwen3_moe",
+        {
+            "layers": [
+                {"at": 0, "ffn": {"type": "glu", "hidden": 64}},
+                {"at": 2, "ffn": {"type": "glu", "hidden": 96}},
+            ]
+        },
+        {"ffn.hidden": "64"},
+    ),
+    "a bias on queries of the input": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"attention": {"q_rank": 0, "bias": ["q"]}},
+        {"attention.bias": '["kv", "o"]'},
+    ),
+    "latents that a gate follows": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"attention": {"gate": "head"}},
+        {"attention.gate.type": '"none"'},
+    ),
     "a wide head": (
         "qwen2",
         "qwen2",

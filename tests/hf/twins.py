@@ -13,6 +13,8 @@ from titan_lite.config.presets import preset
 from titan_lite.hf import ARCHITECTURES, Architecture, to_hf
 from titan_lite.hf.rule import Rule
 from titan_lite.job import Job
+from titan_lite.models.ffn.moe.router import GroupLimit, Router, Routing
+from titan_lite.models.spec import named_state
 from titan_lite.models.transformer import Transformer
 
 VOCAB = 96
@@ -47,6 +49,13 @@ def randomise(model: nn.Module, std: float = 0.1) -> None:
         for name, parameter in model.named_parameters():
             centre = 1.0 if "norm" in name and not name.endswith("bias") else 0.0
             parameter.copy_(centre + std * torch.randn(parameter.shape, generator=generator))
+        for buffer in model.buffers():
+            buffer.copy_(std * torch.randn(buffer.shape, generator=generator))
+
+
+def state(model: nn.Module) -> dict[str, Tensor]:
+    """What a trained model is: parameters and buffers, without what the next step would count."""
+    return {name: tensor for name, tensor in named_state(model) if not name.endswith("tally.count")}
 
 
 def reference(architecture: Architecture, settings: dict[str, Any]) -> Any:
@@ -69,10 +78,32 @@ def twins(model_type: str, config: Transformer.Config, std: float = 0.1) -> Twin
     randomise(ours, std)
     theirs = reference(architecture, architecture.settings(config, VOCAB, CONTEXT))
     rules = architecture.rules(config)
-    missing, unexpected = theirs.load_state_dict(dict(to_hf(rules, dict(ours.named_parameters()))), strict=False)
+    missing, unexpected = theirs.load_state_dict(dict(to_hf(rules, state(ours))), strict=False)
     assert unexpected == []
     assert missing == ["lm_head.weight"] * config.head.tied  # the embedding, seen a second time
     return Twins(architecture, config, ours, theirs, rules)
+
+
+def routing_margin(model: nn.Module, tokens: Tensor) -> float:
+    """How far the last expert or group that a token chose is from the next one, in scores; the smallest of all."""
+    margins: list[float] = []
+
+    def gap(scores: Tensor, k: int) -> None:
+        best = scores.topk(k + 1).values
+        margins.append((best[..., k - 1] - best[..., k]).min().item())
+
+    def look(router: Router, args: tuple[Tensor, Tensor | None], routing: Routing) -> None:
+        scores = routing.scores if args[1] is None else routing.scores + args[1]
+        if isinstance(router.groups, GroupLimit):
+            gap(scores.unflatten(-1, (router.groups.n_groups, -1)).topk(2).values.sum(-1), router.groups.top_groups)
+        gap(router.groups(scores), router.top_k)
+
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, Router)]
+    with torch.no_grad():
+        model(tokens)
+    for hook in hooks:
+        hook.remove()
+    return min(margins, default=float("inf"))
 
 
 def random_tokens(length: int = 72) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -18,6 +20,8 @@ ACTIVE = {
     ("qwen3_moe", "235B-A22B"): 22.2,
 }
 """Billions of parameters that work on a token, as published."""
+DEEPSEEK = {"16B": (2.4, 2.5), "236B": (20.5, 21.5), "671B": (36.5, 37.5)}
+"""Bounds of the same without the embedding: 2.4, 21 and 37 (arXiv 2405.04434, arXiv 2412.19437)."""
 GPT_OSS = {"20b": 3.61, "120b": 5.13}
 """The same without the embedding (arXiv 2508.10925, table 1)."""
 
@@ -40,6 +44,36 @@ def test_active_parameters_are_the_published_ones(name: str, flavor: str) -> Non
 def test_gpt_oss_counts_no_embedding(flavor: str) -> None:
     config = preset_config("gpt_oss", flavor)
     assert round((active("gpt_oss", flavor) - config.vocab_size * config.dim) / 1e9, 2) == GPT_OSS[flavor]
+
+
+@pytest.mark.parametrize("flavor", DEEPSEEK)
+def test_deepseek_counts_no_embedding(flavor: str) -> None:
+    config = preset_config("deepseek_v3", flavor)
+    least, most = DEEPSEEK[flavor]
+    assert least < (active("deepseek_v3", flavor) - config.vocab_size * config.dim) / 1e9 < most
+
+
+def test_deepseek_v3_is_transformers_default() -> None:
+    """Its config class has the size of 671B as its default, with the positions of the first training."""
+    from transformers import DeepseekV3Config
+
+    from titan_lite.hf import ARCHITECTURES
+
+    plain = preset_config("deepseek_v3", "671B", attention={"position": {"scaling": "none"}})
+    architecture = ARCHITECTURES["deepseek_v3"]
+    settings = architecture.settings(plain, plain.vocab_size, 4096)
+    published = DeepseekV3Config().to_dict()
+    settings = {key: value for key, value in settings.items() if key not in architecture.training_only}
+    assert {key: published[key] for key in settings} == settings
+
+
+def test_latents_of_deepseek_are_what_a_cache_keeps() -> None:
+    """Of a token in a layer: 576 numbers, where keys and values of heads would be 40,960."""
+    config = preset_config("deepseek_v3", "671B")
+    kept = config.attention.kept(config.dim)
+    assert [heads * width for heads, width in kept] == [64, 512]
+    factor = config.attention.score_scale(config.attention.width(config.dim))
+    assert factor == pytest.approx(192**-0.5 * (0.1 * math.log(40) + 1) ** 2, rel=1e-12)
 
 
 def test_gpt_oss_is_transformers_default() -> None:

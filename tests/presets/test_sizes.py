@@ -60,6 +60,8 @@ PUBLISHED = {
     "mixtral": {"8x7B": 46_702_792_704, "8x22B": 140_620_634_112},
     "qwen3_moe": {"30B-A3B": 30_532_122_624, "235B-A22B": 235_093_634_560},
     "gpt_oss": {"20b": 20_914_757_184, "120b": 116_829_156_672},
+    # Without the offsets on scores (58 * 256 in 671B) and the module that predicts a further token.
+    "deepseek_v3": {"16B": 15_706_484_224, "236B": 235_741_434_880, "671B": 671_026_419_200 - 14_848},
     # With the two rows of positions that only transformers has.
     "opt": {
         "125m": 125_239_296,
@@ -99,8 +101,11 @@ TWINS = {
     "mixtral": "mixtral",
     "qwen3_moe": "qwen3_moe",
     "gpt_oss": "gpt_oss",
+    "deepseek_v3": "deepseek_v3",
 }
 """Families of transformers' and their model_type there."""
+AS_THERE = {("deepseek_v3", flavor): {"ffn": {"router": {"type": "sigmoid"}}} for flavor in ("16B", "236B")}
+"""What changes no size and has a place there: DeepSeek-V2's experts are chosen otherwise."""
 
 
 @cache
@@ -124,7 +129,7 @@ def _published(flavor: str) -> bool:
 
 @pytest.mark.parametrize(("name", "flavor"), sizes(TWINS))
 def test_transformers_counts_the_same(name: str, flavor: str) -> None:
-    config = preset_config(name, flavor)
+    config = preset_config(name, flavor, **AS_THERE.get((name, flavor), {}))
     architecture = ARCHITECTURES[TWINS[name]]
     with torch.device("meta"):
         theirs = reference(architecture, architecture.settings(config, config.vocab_size, CONTEXT))
@@ -201,6 +206,7 @@ NUMBERS = {
     "mixtral": (1e6, 1e-5, None, {}),
     "qwen3_moe": (1e6, 1e-6, None, {}),
     "gpt_oss": (150000.0, 1e-5, 128, {}),
+    "deepseek_v3": (1e4, 1e-6, None, {}),
 }
 
 

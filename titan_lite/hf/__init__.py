@@ -4,6 +4,7 @@ from typing import Final
 
 from titan_lite.hf.arcee import ARCEE
 from titan_lite.hf.architecture import Architecture as Architecture
+from titan_lite.hf.deepseek import DEEPSEEK_V3
 from titan_lite.hf.gemma import GEMMA2, GEMMA3
 from titan_lite.hf.gpt2 import GPT2
 from titan_lite.hf.gpt_neox import GPT_NEOX
@@ -38,6 +39,7 @@ ARCHITECTURES: Final[dict[str, Architecture]] = {
         MIXTRAL,
         QWEN3_MOE,
         GPT_OSS,
+        DEEPSEEK_V3,
     )
 }
 """By transformers' `model_type`; of two that can express a model, the simpler comes first."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from titan_lite.config.errors import CROSS_FIELD, KEY_MISSING, NOT_ALLOWED, ConfigError, Problem, show
 from titan_lite.hf.normal_form import Path, Tables, absorbed, differences, equal, normal_form
 from titan_lite.hf.rule import Rule
-from titan_lite.hf.setting import SYNONYMS, Setting, View
+from titan_lite.hf.setting import SYNONYMS, Setting, View, merge
 from titan_lite.models.block import Layer
 from titan_lite.models.transformer import Transformer
 
@@ -77,6 +77,10 @@ class Architecture:
             rules += self.layer_rules(index, ours, theirs, model.dim)
         return rules
 
+    def left_out(self, name: str, model: Transformer.Config) -> str:
+        """Why a model without a tensor of their files that no rule reads is whole; empty = it is not."""
+        return ""
+
     def outer_rules(self, model: Transformer.Config, image: Transformer.Config) -> Iterator[Rule]:
         """Those of what stands outside the layers. `image` is the model as they compute it."""
         raise NotImplementedError
@@ -95,7 +99,7 @@ class Architecture:
     def _tables(self, settings: Mapping[str, Any]) -> Tables:
         tables = copy.deepcopy(self.fixed)
         for setting in self.keys:
-            _merge(tables, setting.from_hf(settings))
+            merge(tables, setting.from_hf(settings))
         return tables
 
     def _config(self, settings: Tables) -> Transformer.Config:
@@ -122,16 +126,9 @@ def _key(path: Path) -> str:
     return ".".join(("model", *(str(part) for part in path if part != "layers" and not isinstance(part, int))))
 
 
-def _merge(lower: Tables, upper: Tables) -> None:
-    for key, value in upper.items():
-        if isinstance(value, dict) and isinstance(lower.get(key), dict):
-            _merge(lower[key], value)
-        else:
-            lower[key] = value
-
-
 def _same_setting(given: Any, value: Any) -> bool:
     """Whether their setting is what ours says; in tables, a missing key is the same as None."""
     if isinstance(given, Mapping) and isinstance(value, Mapping):
-        return all(_same_setting(given.get(key), value.get(key)) for key in {*given, *value})
+        old = {"type"} if "rope_type" in given else set()  # its older name, which is left beside it
+        return all(_same_setting(given.get(key), value.get(key)) for key in {*given, *value} - old)
     return equal(SYNONYMS.get(given, given) if isinstance(given, str) else given, value)

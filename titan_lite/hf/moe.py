@@ -14,18 +14,22 @@ from titan_lite.hf.parts import pair
 from titan_lite.hf.rope import Rope
 from titan_lite.hf.rule import SAME, Rule, Transform
 from titan_lite.hf.setting import Activation, Key, Setting, bias
+from titan_lite.hf.sparse import Sparse
 from titan_lite.hf.windows import ByLayer, EveryLayer
 
 SIZES: Final[tuple[Setting, ...]] = (
     Key("dim", "hidden_size"),
     Key("n_layers", "num_hidden_layers"),
     Key("attention.n_heads", "num_attention_heads"),
-    Key("attention.n_kv_heads", "num_key_value_heads"),
-    Key("attention.head_dim", "head_dim"),
     Key("norm.eps", "rms_norm_eps"),
     Key("head.tied", "tie_word_embeddings"),
-    Key("ffn.top_k", "num_experts_per_tok"),
 )
+GROUPED: Final[tuple[Setting, ...]] = (
+    *SIZES,
+    Key("attention.n_kv_heads", "num_key_value_heads"),
+    Key("attention.head_dim", "head_dim"),
+)
+TOP_K: Final = Key("ffn.top_k", "num_experts_per_tok")
 TRANSPOSED: Final = Transform(
     lambda t: tuple(x.transpose(-1, -2).contiguous() for x in t),
     lambda t: tuple(x.transpose(-1, -2).contiguous() for x in t),
@@ -41,7 +45,7 @@ ALTERNATING: Final = Transform(
 
 @dataclass(frozen=True)
 class Experts(LlamaLike):
-    """Llama with experts in every layer."""
+    """Llama with experts, in every layer or in some."""
 
     router: str = "gate"
     """Their name of it."""
@@ -53,6 +57,9 @@ class Experts(LlamaLike):
     """Whether there are biases on the router and on the experts."""
 
     def ffn_rules(self, ours: str, theirs: str, config: Any, image: Any, dim: int) -> Iterator[Rule]:
+        if config.type != "moe":
+            yield from super().ffn_rules(ours, theirs, config, image, dim)
+            return
         yield pair(f"{ours}.router.weight", f"{theirs}.{self.router}.weight")
         first = (f"{ours}.experts.gate", f"{ours}.experts.up")
         yield Rule(first, (f"{theirs}.experts.gate_up_proj",), self.gate_up)
@@ -69,7 +76,14 @@ class Qwen3Moe(Experts):
     """Experts whose number has two names: the one in published files, and the one that transformers calls it inside."""
 
     def tables(self, settings: Mapping[str, Any]) -> Tables:
-        return super().tables({"num_experts": settings.get("num_local_experts"), **settings})
+        given = {"num_experts": settings.get("num_local_experts"), **settings}
+        # A step and a list are two ways to say which layers are dense.
+        if step := given.get("decoder_sparse_step"):
+            listed = set(given.get("mlp_only_layers") or ())
+            layers = range(given.get("num_hidden_layers", 0))
+            given["mlp_only_layers"] = [i for i in layers if i in listed or (i + 1) % step]
+            given["decoder_sparse_step"] = 1
+        return super().tables(given)
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,8 @@ MIXTRAL: Final = Experts(
     model_type="mixtral",
     class_name="MixtralForCausalLM",
     keys=(
-        *SIZES,
+        *GROUPED,
+        TOP_K,
         Key("ffn.n_experts", "num_local_experts"),
         Key("ffn.experts.hidden", "intermediate_size"),
         Activation(ours="ffn.experts.activation"),
@@ -100,25 +115,34 @@ QWEN3_MOE: Final = Qwen3Moe(
     model_type="qwen3_moe",
     class_name="Qwen3MoeForCausalLM",
     keys=(
-        *SIZES,
+        *GROUPED,
         Key("attention.qk_norm.eps", "rms_norm_eps"),
         bias("attention_bias", "q", "k", "v", "o"),
-        Key("ffn.n_experts", "num_experts"),
-        Key("ffn.experts.hidden", "moe_intermediate_size"),
-        Key("ffn.router.normalize", "norm_topk_prob"),
-        Activation(ours="ffn.experts.activation"),
         Rope(),
+        Sparse(
+            experts=(
+                TOP_K,
+                Key("ffn.n_experts", "num_experts"),
+                Key("ffn.experts.hidden", "moe_intermediate_size"),
+                Key("ffn.router.normalize", "norm_topk_prob"),
+                Activation(ours="ffn.experts.activation"),
+            ),
+            dense=(Key("ffn.hidden", "intermediate_size"), Activation()),
+            which=lambda dense: {"mlp_only_layers": dense},
+            dense_layers=lambda settings: list(settings["mlp_only_layers"]),
+        ),
     ),
-    fixed={"attention": {"qk_norm": {"type": "rms"}}, "ffn": {"type": "moe"}},
-    constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "use_sliding_window": False},
+    fixed={"attention": {"qk_norm": {"type": "rms"}}},
+    constants={"decoder_sparse_step": 1, "use_sliding_window": False},
 )
-"""Qwen3-30B-A3B and 235B-A22B (arXiv 2505.09388), with experts in all layers."""
+"""Qwen3-30B-A3B and 235B-A22B (arXiv 2505.09388), with experts in all layers or in some."""
 
 GPT_OSS: Final = GptOss(
     model_type="gpt_oss",
     class_name="GptOssForCausalLM",
     keys=(
-        *SIZES,
+        *GROUPED,
+        TOP_K,
         bias("attention_bias", "q", "k", "v", "o"),
         Key("ffn.n_experts", "num_local_experts"),
         Key("ffn.experts.hidden", "intermediate_size"),

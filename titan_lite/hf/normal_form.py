@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeAlias
 
-from titan_lite.models.attention import GroupedAttention
+from titan_lite.models.attention import MLA, GroupedAttention, HeadAttention
 from titan_lite.models.block import Layer
 from titan_lite.models.transformer import Transformer
 
@@ -35,7 +35,7 @@ def _layer(layer: Layer, dim: int) -> Tables:
     return {
         "block": layer.block.model_dump(),
         "attention": _attention(layer.attention, dim),
-        "ffn": _without(layer.ffn.model_dump(), "balance"),
+        "ffn": _ffn(layer.ffn.model_dump()),
         "residual": _without(layer.residual.model_dump(), "dropout"),
         "norm": layer.norm.model_dump(),
         "linear": layer.linear.model_dump(),
@@ -44,19 +44,27 @@ def _layer(layer: Layer, dim: int) -> Tables:
 
 def _attention(config: Any, dim: int) -> Tables:
     tables = _without(config.model_dump(), "kernel", "dropout")
-    if not isinstance(config, GroupedAttention.Config):
-        return tables
     if tables["type"] == "gqa_fused":
         tables["type"] = "gqa"  # the same sums, from one matrix
-    width = config.width(dim)
+    if isinstance(config, GroupedAttention.Config):
+        tables |= {"n_kv_heads": config.n_kv_heads or config.n_heads, "head_dim": config.width(dim)}
+    elif isinstance(config, MLA.Config):
+        tables["head_dim"] = config.own_width(dim)
+    if not isinstance(config, HeadAttention.Config):
+        return tables
     return tables | {
-        "n_kv_heads": config.n_kv_heads or config.n_heads,
-        "head_dim": width,
-        "value_dim": config.value_dim or width,
-        "scale": config.score_scale(width),
-        "bias": sorted(config.bias),
+        "value_dim": config.value_width(dim),
+        "scale": config.score_scale(config.width(dim)),
+        "bias": sorted(tables["bias"]),
         "masks": sorted((mask for mask in tables["masks"] if mask["type"] != "document"), key=str),
     }
+
+
+def _ffn(tables: Tables) -> Tables:
+    tables = _without(tables, "balance")
+    if "offset" in tables:
+        tables["offset"] = _without(tables["offset"], "rate")
+    return tables
 
 
 def _without(tables: Tables, *keys: str) -> Tables:
@@ -66,8 +74,9 @@ def _without(tables: Tables, *keys: str) -> Tables:
 def absorbed(ours: Tables, theirs: Tables) -> Tables:
     """Our normal form with theirs in the places where a difference disappears in the exported weights.
 
-    These are: biases and gains that only the target has (zeros and ones), the layout and the direction of rotations (an
-    order of the rows that make queries and keys) and the factor of the scores (a factor of those that make queries).
+    These are: biases, offsets and gains that only the target has (zeros and ones), the layout and the direction of
+    rotations (an order of the rows that make queries and keys) and the factor of the scores (a factor of those that
+    make queries).
     """
     ours = copy.deepcopy(ours)
     _absorb_norm(ours["final_norm"], theirs["final_norm"])
@@ -75,12 +84,16 @@ def absorbed(ours: Tables, theirs: Tables) -> Tables:
         _absorb_norm(mine["norm"], other["norm"])
         if mine["ffn"].get("bias") is False and other["ffn"].get("bias"):
             mine["ffn"]["bias"] = True
+        if mine["ffn"].get("offset") == {"type": "none"} and "offset" in other["ffn"]:
+            mine["ffn"]["offset"] = other["ffn"]["offset"]
         a, b = mine["attention"], other["attention"]
         if a["type"] != b["type"]:
             continue
         if set(a["bias"]) <= set(b["bias"]):
             a["bias"] = b["bias"]
-        if a["qk_norm"]["type"] == "none":
+        if "latent_norm" in a:
+            _absorb_norm(a["latent_norm"], b["latent_norm"])
+        if a.get("qk_norm", {"type": "none"})["type"] == "none":
             a["scale"] = b["scale"]
         if a["position"]["type"] == b["position"]["type"] == "rope":
             a["position"] |= {key: b["position"][key] for key in ("layout", "direction")}

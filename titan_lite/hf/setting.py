@@ -32,12 +32,25 @@ class View:
         """The value, or None where the choices made have no such key."""
         return value_at(self._tables, key)
 
+    def of_layer(self, index: int) -> View:
+        """The same with the slots of another layer."""
+        return View(self._tables | {"layers": self.layers[index:]})
+
 
 def value_at(tables: Any, key: str) -> Any:
     """The value at a dotted key; None where there is none."""
     for part in key.split("."):
         tables = tables.get(part) if isinstance(tables, Mapping) else None
     return tables
+
+
+def merge(lower: Tables, upper: Tables) -> None:
+    """Puts `upper` over `lower`, in place."""
+    for key, value in upper.items():
+        if isinstance(value, dict) and isinstance(lower.get(key), dict):
+            merge(lower[key], value)
+        else:
+            lower[key] = value
 
 
 def nested(key: str, value: Any) -> Tables:
