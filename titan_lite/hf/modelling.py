@@ -7,7 +7,7 @@ this module was imported before, it needs no such permission.
 
 from __future__ import annotations
 
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, cast
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = TitanLiteConfig
     base_model_prefix = "model"
     _supports_sdpa = True
-    _no_split_modules = ["SequentialBlock", "ParallelBlock", "ParallelSharedNormBlock"]
+    _no_split_modules: ClassVar[list[str]] = ["SequentialBlock", "ParallelBlock", "ParallelSharedNormBlock"]
 
     def __init__(self, config: TitanLiteConfig):
         super().__init__(config)
