@@ -10,8 +10,9 @@ from torch import Tensor
 
 from titan_lite.hf.rule import SAME, Rule, Tensors
 
-PIECE = 32 * 2**20
-"""Bytes that are read, changed and written at a time where a tensor can be done in pieces."""
+PIECE = 4 * 2**20
+"""Bytes that are read, changed and written at a time where a tensor can be done in pieces: they stay in the cache, and
+the allocator reuses them, where larger ones would be new pages each time."""
 
 
 class Source(Protocol):
