@@ -211,6 +211,16 @@ def test_other_documents_are_not_looked_up(kernel: str) -> None:
 
 
 @torch.no_grad()
+def test_without_a_document_mask_a_segment_that_begins_another_sees_no_memory() -> None:
+    model, pieces = model_with(), pieces_of(4)
+    documents = [torch.full((B, T), int(i == 3)) for i in range(4)]
+    memory = memory_of(model, reset_on_bos=True)
+    *_, last = stream(model, memory, pieces, documents)
+    torch.testing.assert_close(last, model(pieces[3]), atol=ATOL, rtol=0)
+    assert current(memory).there().tolist() == [T] * B
+
+
+@torch.no_grad()
 @pytest.mark.parametrize(
     "attention",
     [
