@@ -33,6 +33,7 @@ NGPT = {
 }
 HEAD = {"bias": True, "logit_scale": "learned", "logit_cap": {"type": "tanh", "cap": 5.0}}
 GAINS = {"norm": "layernorm", "attention": {"qk_norm": "rms_full", "bias": ["q", "k", "v", "o"]}}
+LATENT = {"type": "mla", "n_heads": 4, "head_dim": 8, "rope_dim": 4, "value_dim": 8, "kv_rank": 16}
 MOE = {"ffn": {"type": "moe", "balance": ["sequence", "micro_batch"], "shared_hidden": 24, "experts": {"hidden": 24}}}
 
 
@@ -75,6 +76,16 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     ),
     "nGPT": (4, TP2, {"model": NGPT, "optimizer": {"weight_decay": 0.0}}, {}),
     "experts": (2, TP2, {"model": MOE}, {}),
+    "experts of one sum, on fsdp x tp": (4, TP2, {"model": {"ffn": MOE["ffn"] | {"balance": ["sequence"]}}}, {}),
+    "latent attention": (4, TP2, {"model": {"attention": LATENT, "final_norm": "layernorm"}}, {}),
+    "latent queries": (2, TP2, {"model": {"attention": LATENT | {"q_rank": 12}}}, {}),
+    "modules of further tokens": (4, TP2, {"model": {"mtp": {"type": "modules", "depth": 2}}}, {}),
+    "heads of further tokens": (
+        2,
+        TP2,
+        {"model": {"mtp": {"type": "heads", "depth": 2}, "head": {"tied": True}}, "training": {"loss_chunk_tokens": 0}},
+        {},
+    ),
     "loss in chunks": (2, TP2, {"model": {"head": HEAD}, "training": {"z_loss": 1e-2}}, {}),
     "loss at once": (2, TP2, {"model": {"head": HEAD}, "training": {"z_loss": 1e-2, "loss_chunk_tokens": 0}}, {}),
     "gathered logits in chunks": (

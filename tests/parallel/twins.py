@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from titan_lite.calibration import calibrate
+from titan_lite.run.calibrate import calibrate
 from torch import Tensor
 
 from tests.runs import CPU, full

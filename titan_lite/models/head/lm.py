@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -81,7 +81,12 @@ class LMHead(Head):
         return {"": GATHER, "output": COL, "logit_scale": COL}
 
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
-        return consume(x, Output(self.output.weight, self.links(self.output.bias), self.ranks), *further)
+        output = Output(self.output.weight, self.links(self.output.bias), self.ranks)
+        return consume(x, output, *self.all_tokens(further))
+
+    def all_tokens(self, further: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Further states are gathered as the first ones are, which the plan does."""
+        return (self.ranks.gather(x, self.training) for x in further)
 
 
 class TiedLMHead(LMHead):
@@ -101,7 +106,7 @@ class TiedLMHead(LMHead):
 
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
         output = Output(embedding.weight, self.links(self.bias), self.ranks)
-        return consume(self.narrow(x), output, *map(self.narrow, further))
+        return consume(self.narrow(x), output, *map(self.narrow, self.all_tokens(further)))
 
     def param_specs(self) -> dict[str, Spec]:
         return {} if self.bias is None else {"bias": Spec("bias", 1, self.bias.numel(), 0.0)}

@@ -15,6 +15,7 @@ from titan_lite.models.mtp.base import MTP, layer_context
 from titan_lite.models.mtp.drafts import Cache, Drafts, ModuleDrafts
 from titan_lite.models.norm import Norm
 from titan_lite.models.stack import Streams
+from titan_lite.parallel.plan import SEQ, Plan
 
 if TYPE_CHECKING:
     from titan_lite.models.transformer import Transformer
@@ -46,9 +47,11 @@ class SequentialModules(MTP):
         self, embedded: Tensor, streams: Streams, norm: Callable[[Tensor], Tensor], context: Context
     ) -> Sequence[Tensor]:
         states, x = [], streams.x
+        embedded = self.ranks.gather(embedded, self.training)
         for k, predictor in enumerate(self.predictors.values(), 1):
             # The last k positions get the row's first tokens: nobody before them sees that, and they have no target.
-            x, state = predictor(x, embedded.roll(-k, dims=1), layer_context(context, k, streams.carry))
+            ahead = self.ranks.own(embedded.roll(-k, dims=1).transpose(0, 1), self.training).transpose(0, 1)
+            x, state = predictor(x, ahead, layer_context(context, k, streams.carry))
             states.append(state)
         return states
 
@@ -68,6 +71,9 @@ class Predictor(nn.Module):
         self.join = layer.linear.build(2 * dim, dim)
         self.block = layer.block.build(dim=dim, layer=layer)
         self.norm = norm.build(dim=dim)
+
+    def tp_plan(self) -> Plan:
+        return dict.fromkeys(("hidden_norm", "token_norm", "join", "norm"), SEQ)
 
     def forward(self, x: Tensor, ahead: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         x = self.join(torch.cat((self.hidden_norm(x), self.token_norm(ahead)), dim=-1))
