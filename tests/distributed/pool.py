@@ -167,6 +167,17 @@ def _serve(fd: int, rank: int, world_size: int, folder: Path) -> None:
     with contextlib.suppress(EOFError):
         while True:
             pipe.send_bytes(_answer(pipe.recv_bytes()))
+            _leave_other_groups()
+
+
+def _leave_other_groups() -> None:
+    """Destroys the groups that the function has made. Each gloo group has threads, which otherwise live on with it."""
+    import torch.distributed as dist
+
+    dist.barrier()  # until all ranks have read what was sent to them
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from titan_lite.run.calibrate import calibrate
 from torch import Tensor
 
 from tests.runs import CPU, full
 from titan_lite.config.load import job_from_dict
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
+from titan_lite.run.calibrate import calibrate
 from titan_lite.step import MicroBatch, Training, build, step
 
 ROWS, T, VOCAB = 4, 16, 256
