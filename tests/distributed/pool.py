@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
@@ -163,21 +164,42 @@ def _serve(fd: int, rank: int, world_size: int, folder: Path) -> None:
 
     store = dist.FileStore(str(folder / "store"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=60))
+    begin = _reuse_groups()
     pipe.send_bytes(pickle.dumps((True, None)))
     with contextlib.suppress(EOFError):
         while True:
+            begin()
             pipe.send_bytes(_answer(pipe.recv_bytes()))
-            _leave_other_groups()
 
 
-def _leave_other_groups() -> None:
-    """Destroys the groups that the function has made. Each gloo group has threads, which otherwise live on with it."""
+def _reuse_groups() -> Callable[[], None]:
+    """Groups and meshes that were made once are given out again, to the functions after the one that made them: each
+    gloo group has threads that live as long as it. To be called before each function: what comes back.
+
+    Leaving the groups behind a function is no way: torch caches what it finds out about tensors by mesh, and equal
+    meshes of later functions would be given the groups of those that are gone.
+    """
     import torch.distributed as dist
 
-    dist.barrier()  # until all ranks have read what was sent to them
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
+    from titan_lite.parallel import world
+
+    made: dict[str, list[Any]] = {}
+    given: Counter[str] = Counter()
+
+    def reusing(make: Callable[..., Any]) -> Callable[..., Any]:
+        def give(*args: Any, **options: Any) -> Any:
+            key = repr((make.__name__, args, sorted(options.items())))
+            there = made.setdefault(key, [])
+            if given[key] == len(there):
+                there.append(make(*args, **options))
+            given[key] += 1
+            return there[given[key] - 1]
+
+        return give
+
+    world.init_device_mesh = reusing(world.init_device_mesh)
+    dist.new_group = reusing(dist.new_group)
+    return given.clear
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from tests.runs import VOCAB, build_tiny, global_batch, train
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.models.context import Context
+from titan_lite.models.stack import Streams
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel import offload
 from titan_lite.parallel.activation import apply_activation_checkpointing
@@ -76,7 +77,8 @@ class Inputs(NamedTuple):
     context: Context
 
     def run(self) -> Tensor:
-        return self.model.stack(self.x, self.context)
+        streams: Streams = self.model.stack(self.x, self.context)
+        return streams.x
 
 
 def llama(n_layers: int, config: ActivationCheckpoint, compiled: Compile | None = None) -> Inputs:

@@ -18,6 +18,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPM
 from torch.distributed.tensor import Shard
 
 from titan_lite.models.spec import collect_specs
+from titan_lite.models.stack import Streams
 from titan_lite.models.transformer import Transformer
 
 
@@ -89,9 +90,9 @@ def _keep_through_backward(model: Transformer, units: Sequence[nn.Module]) -> No
     def at_the_end_of_backward(_: Tensor) -> None:
         Variable._execution_engine.queue_callback(shard_again)
 
-    def watch(_: nn.Module, args: Any, x: Tensor) -> None:
-        if x.requires_grad:
-            x.register_hook(at_the_end_of_backward)
+    def watch(_: nn.Module, args: Any, streams: Streams) -> None:
+        if streams.x.requires_grad:
+            streams.x.register_hook(at_the_end_of_backward)
 
     for unit in kept:
         unit.set_reshard_after_backward(False, recurse=False)

@@ -270,7 +270,7 @@ REFUSED: dict[str, tuple[dict[str, Any], list[str]]] = {
     "flash_attn's values": ({"kernel": "flash_attn"}, ["value_dim"]),
     "flash_attn's width": ({"kernel": "flash_attn", "head_dim": 256, "value_dim": 260}, ["head_dim"]),
     "heads": ({"n_heads": 5, "head_dim": 0}, ["n_heads"]),
-    "kernel": ({"score": "elu"}, ["score.type"]),
+    "kernel": ({"score": "elu", "kernel": "sdpa"}, ["score.type"]),
     "causal": ({"masks": ["document"]}, ["masks"]),
     "norm of keys": ({"qk_norm": "rms"}, ["qk_norm"]),
 }

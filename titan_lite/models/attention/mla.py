@@ -83,6 +83,7 @@ class MLA(HeadAttention):
         super().__init__()
         self.parts = (config.own_width(dim), config.rope_dim)
         H, value_dim = config.n_heads, config.value_width(dim)
+        self.latent_queries = config.q_rank > 0
         self.q = _queries(config, dim, linear)
         self.kv = LatentKV(config, dim, linear)
         self.o = linear.build(H * value_dim, dim, start="residual", bias="o" in config.bias)
@@ -91,7 +92,7 @@ class MLA(HeadAttention):
 
     def tp_plan(self) -> Plan:
         # Latents are made of all tokens on every rank; of them, each makes what its own heads need.
-        of_queries = {"q": heads(self.n_heads)} if isinstance(self.q, nn.Linear) else {}
+        of_queries = {} if self.latent_queries else {"q": heads(self.n_heads)}
         return {"": GATHER, **of_queries, "o": ROW}
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
