@@ -163,7 +163,7 @@ def states_of(model: Transformer, tokens: Tensor) -> list[Tensor]:
         found.extend((x, *further))
         return x
 
-    model(tokens, facts=TrainingFacts(ahead=(1.0,) * DEPTH), consume=consume)
+    model(tokens, consume=consume, further=model.mtp)
     return found
 
 
