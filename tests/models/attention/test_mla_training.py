@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.runs import Run, build_tiny, train
+from tests.runs import Run, train
 
 RTOL = 1e-5
 WEIGHT_ATOL = 2e-4
@@ -71,9 +71,9 @@ def test_layers_that_share_matrices(pool2: Any) -> None:
     assert sum("kv.up" in name for name in whole.weights) == 1
 
 
-def test_matrices_and_gains_in_dtypes_of_their_own() -> None:
-    _, training = build_tiny(sections(model=MODEL | {"param_dtype": {"hidden": "bfloat16"}}))
-    dtypes = {name: parameter.dtype for name, parameter in training.model.named_parameters()}
+def test_matrices_and_gains_in_dtypes_of_their_own(pool2) -> None:
+    weights = pool2.run(train, sections(model=MODEL | {"param_dtype": {"hidden": "bfloat16"}}), 1)[0].weights
+    dtypes = {name: weight.dtype for name, weight in weights.items()}
     for name in ("q.down", "q.up", "kv.down", "kv.up", "o"):
         assert dtypes[f"stack.blocks.1.attention.{name}.weight"] == torch.bfloat16
     assert dtypes["stack.blocks.1.attention.kv.norm.weight"] == torch.float32

@@ -114,7 +114,8 @@ class ModuleDrafts(Drafts):
         """The k-th module over the positions from cache.length on, whose tokens k ahead are `ahead`."""
         tokens = torch.tensor([list(ahead)], device=h.device)
         context = self.model.context(tokens, memory=cache)
-        embedded = self.model.embedding(tokens, context._replace(positions=context.positions + k))
+        ahead_of_them = context._replace(positions=context.positions + k, stream_positions=None)
+        embedded = self.model.embedding(tokens, ahead_of_them)
         x, state = self.model.mtp.predictors[str(k)](h, embedded, context.layer(-1 - k, {}))
         return x, state
 
