@@ -30,7 +30,6 @@ REFUSED = {
     ("model.ffn.query_norm.decay", "0.1"),
     # Its summaries are of whole segments, of which a rank has some of the tokens.
     ("model.memory", "long_term"),
-    ("model.memory.recompute_kv", "default"),
 }
 SHARDS = 2
 """Tests over which the models are spread."""

@@ -61,6 +61,10 @@ class GroupedAttention(HeadAttention):
             n_kv_heads, value_dim = self.value_shape(dim)
             return Kept((n_kv_heads, self.width(dim)), (n_kv_heads, value_dim))
 
+        def kept_heads(self, dim: int) -> str:
+            n_kv_heads, _ = self.value_shape(dim)
+            return f"model.attention.n_kv_heads = {n_kv_heads}"
+
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from super().problems(job, world_size)
             if self.n_kv_heads and self.n_heads % self.n_kv_heads:

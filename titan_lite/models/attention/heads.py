@@ -77,6 +77,10 @@ class HeadAttention(Attention):
             """What a token leaves in a cache, in a model of this width."""
             raise NotImplementedError
 
+        def kept_heads(self, dim: int) -> str:
+            """The key and value that say how many heads `kept` has, for messages."""
+            raise NotImplementedError
+
         def score_scale(self, head_dim: int) -> float:
             """The factor of the scores as a number."""
             if isinstance(self.scale, str):

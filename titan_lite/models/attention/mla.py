@@ -68,6 +68,9 @@ class MLA(HeadAttention):
         def kept(self, dim: int) -> Kept:
             return Kept(k=(1, self.rope_dim), v=(1, self.kv_rank))
 
+        def kept_heads(self, dim: int) -> str:
+            return 'the one key that all heads share with model.attention.type = "mla"'
+
         def score_scale(self, head_dim: int) -> float:
             scale = super().score_scale(head_dim)
             return scale * self.position.score_factor() if isinstance(self.scale, str) else scale

@@ -219,7 +219,7 @@ class XL(LaneMemory):
                 groups, _ = attention.kept(job.model.dim).k
                 if groups % degree(job):
                     why = "with recompute_kv = false remembers keys in equal parts on each rank, and "
-                    why += f"{DEGREE} = {degree(job)} does not divide the {groups} key/value heads of model.attention"
+                    why += f"{DEGREE} = {degree(job)} does not divide {attention.kept_heads(job.model.dim)}"
                     allowed = f"model.memory.recompute_kv = true, or {DEGREE} = {divisors(groups)}"
                     yield Problem(CROSS_FIELD, ".type", why, self.type, allowed)
 
