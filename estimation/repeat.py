@@ -175,6 +175,4 @@ class _Repetition:
         for (phase, visit, layer, period), sizes in made.items():
             neighbour = {"forward": 0, "backward": 2}.get(phase)
             if period == 1 and neighbour is not None and made.get((phase, visit, layer, neighbour)) != sizes:
-                raise UnequalPeriodsError(
-                    f"{phase} {visit} of layer {layer} of a period: {sizes} {made.get((phase, visit, layer, neighbour))}"
-                )
+                raise UnequalPeriodsError(f"{phase} {visit} of layer {layer} of a period")
