@@ -54,10 +54,7 @@ class _Pool:
 
     def take(self, size: int) -> _Block:
         index = bisect_left(self.free, (size, -1, -1))
-        if index < len(self.free):
-            block = self._unlist(self.free[index])
-        else:
-            block = self._grow(size)
+        block = self._unlist(self.free[index]) if index < len(self.free) else self._grow(size)
         block.free = False
         self._split(block, size)
         return block
@@ -69,7 +66,6 @@ class _Pool:
                 self._unlist((other.size, other.segment, other.start))
                 self._merge(block, other, behind)
         self._list(block)
-
 
     def _grow(self, size: int) -> _Block:
         if not self.expandable:

@@ -1,8 +1,9 @@
 """Operations as a CUDA device runs them, for traces that are made on a CPU.
 
-What a CPU computes in several operations, each with a result of its own, is one kernel on a device. Modelled here: RMSNorm
-(`aten._fused_rms_norm`: keeps its input and one float32 number per row). The same on both: LayerNorm, softmax, SwiGLU as
-separate products, and attention (flash attention on a CPU keeps q, k, v, the output and its log-sum-exp, too).
+What a CPU computes in several operations, each with a result of its own, is one kernel on a device. Modelled here:
+RMSNorm (`aten._fused_rms_norm`: keeps its input and one float32 number per row). The same on both: LayerNorm, softmax,
+SwiGLU as separate products, and attention (flash attention on a CPU, too, keeps q, k, v, the output and its
+log-sum-exp).
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
-    return _FusedRMSNorm.apply(x, weight, len(shape))  # type: ignore[no-any-return]
+    return _FusedRMSNorm.apply(x, weight, len(shape))
 
 
 @contextmanager
 def device_kernels() -> Iterator[None]:
     """Inside, a fake step keeps what it would keep on a device."""
     original = F.rms_norm
-    F.rms_norm = _rms_norm
+    F.rms_norm = _rms_norm  # type: ignore[assignment]
     try:
         yield
     finally:

@@ -13,14 +13,15 @@ CATEGORIES = (
     "gradients",
     "optimizer state",
     "unsharded parameters",
-    "unsharded gradients",
     "activations",
     "loss",
     "communication",
+    "memory",
     "temporaries",
 )
-"""parameters, gradients and optimizer state as they rest; unsharded ones in flight; activations: what forward keeps for
-backward; loss: whatever the head and the loss make; temporaries: all else that an operation makes and the next frees."""
+"""parameters, gradients and optimizer state as they rest; unsharded parameters as gathered for use; activations: what
+forward keeps for backward; loss: what the head and the loss make; communication: what goes through collectives; memory:
+what rows remember of steps before; temporaries: all else."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """A model of many equal layers from the trace of a few of them.
 
-The layers are [front] [period] x n [back]. Three periods are traced; the middle one stands for all that are left out,
-in forward and in backward, storages included: one that is freed in the next period is freed in the next copy.
+The layers are [front] [period] x n [back]. Five periods are traced; the middle one stands for all that are left out,
+in forward and in backward, storages included: one that is freed a period later is freed in the next copy. That reaches
+two periods far: FSDP frees what it gathered a unit ahead when it waits for the unit after that.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from dataclasses import dataclass
 from estimation.ops import Op
 from estimation.trace import Alloc, Event, Free, Part, Trace
 
-TRACED = 3
-"""Periods that are traced: one behind the front, one between its likes, one before the back."""
+TRACED, MIDDLE = 5, 2
+"""Periods that are traced, and the one among them, from 0, that stands for others."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Periods:
     @property
     def kept(self) -> list[int]:
         """Numbers of the layers that are traced."""
-        gap = range(self.start + 2 * self.period, self.start + 2 * self.period + self.left_out)
+        begin = self.start + (MIDDLE + 1) * self.period
+        gap = range(begin, begin + self.left_out)
         return [number for number in range(self.n_layers) if number not in gap]
 
     def place(self, number: int) -> tuple[int, int] | None:
@@ -77,9 +79,9 @@ Name = tuple[Part, int]
 """A storage: the part that makes it, and how many that part made before."""
 
 
-def repeated(trace: Trace, periods: Periods, block: str) -> Trace:
-    """The trace of the whole model. `block` is the units' name with {} for the layer's number."""
-    return _Repetition(trace, periods, {block.format(number): number for number in periods.kept}).run()
+def repeated(trace: Trace, periods: Periods, numbers: Mapping[str, int]) -> Trace:
+    """The trace of the whole model. `numbers`: name of a traced layer's unit -> its number in the whole model."""
+    return _Repetition(trace, periods, numbers).run()
 
 
 class _Repetition:
@@ -87,27 +89,24 @@ class _Repetition:
         self.trace, self.periods, self.numbers = trace, periods, numbers
         self.named: dict[int, Name] = {}
         self.ids: dict[Hashable, int] = {}
+        self.growth = 1.0
+        """Bytes that rest in the whole model over those of the traced one."""
         self.result = Trace()
 
     def run(self) -> Trace:
         parts = [(part, events) for part, events in self.trace.parts() if events]
-        for part, events in parts:
-            made = Counter[Part]()
-            for event in events:
-                if isinstance(event, Alloc) and event.storage not in self.named:
-                    self.named[event.storage] = (part, made[part])
-                    made[part] += 1
+        self._name(parts)
         self._check(parts)
         index = 0
         while index < len(parts):
             part, events = parts[index]
             place = self._place(part)
-            if place is None or place[0] != 1:
-                self._emit(part, events, 0 if place is None or place[0] == 0 else self.periods.copies)
+            if place is None or place[0] != MIDDLE:
+                self._emit(part, events, 0 if place is None or place[0] < MIDDLE else self.periods.copies)
                 index += 1
                 continue
             end = index
-            while end < len(parts) and (self._place(parts[end][0]) or (0, 0))[0] == 1:
+            while end < len(parts) and (self._place(parts[end][0]) or (0, 0))[0] == MIDDLE:
                 end += 1
             copies = range(self.periods.copies + 1)
             for copy in copies if part.phase == "forward" else reversed(copies):
@@ -115,6 +114,27 @@ class _Repetition:
                     self._emit(inner, inner_events, copy)
             index = end
         return self.result
+
+    def _name(self, parts: Sequence[tuple[Part, list[Event]]]) -> None:
+        for part, events in parts:
+            made = Counter[Part]()
+            for event in events:
+                if isinstance(event, Alloc) and event.storage not in self.named:
+                    origin = self.named.get(event.like)
+                    if self._place(part) is None and origin is not None and self._place(origin[0]) is not None:
+                        home = part._replace(name=origin[0].name)  # as many as there are of what it is made of
+                    else:
+                        home = part
+                    self.named[event.storage] = (home, made[home])
+                    made[home] += 1
+        persistent = [(part, events) for part, events in parts if part.phase == "persistent"]
+        traced = whole = 0
+        for part, events in persistent:
+            nbytes = sum(event.nbytes for event in events if isinstance(event, Alloc))
+            place = self._place(part)
+            traced += nbytes
+            whole += nbytes * (1 if place is None or place[0] != MIDDLE else 1 + self.periods.copies)
+        self.growth = whole / max(traced, 1)
 
     def _place(self, part: Part) -> tuple[int, int] | None:
         number = self.numbers.get(part.name)
@@ -125,19 +145,17 @@ class _Repetition:
         self.result.cuts.append((len(self.result.events), self._shifted(part, shift)))
         for event in events:
             if isinstance(event, Op):
-                self.result.events.append(event)
-            elif isinstance(event, Alloc):
-                self.result.events.append(event._replace(storage=self._id(event.storage, part, shift)))
-            else:
-                self.result.events += (
-                    Free(self._id(event.storage, part, each)) for each in self._shifts(event, part, shift)
-                )
+                grows = part.phase == "optimizer"
+                self.result.events.append(event._replace(nbytes=round(event.nbytes * self.growth)) if grows else event)
+                continue
+            for each in self._shifts(event, part, shift):
+                self.result.events.append(event._replace(storage=self._id(event.storage, part, each)))
 
-    def _shifts(self, event: Free, part: Part, shift: int) -> Sequence[int]:
-        """What lies outside of all periods, such as the optimizer, frees what each of them has left."""
+    def _shifts(self, event: Alloc | Free, part: Part, shift: int) -> Sequence[int]:
+        """What lies outside of all periods, such as the optimizer, makes something of, or frees, what each has left."""
         name = self.named.get(event.storage)
         home = None if name is None else self._place(name[0])
-        everywhere = self._place(part) is None and home is not None and home[0] == 1
+        everywhere = self._place(part) is None and home is not None and home[0] == MIDDLE
         return range(self.periods.copies + 1) if everywhere else [shift]
 
     def _id(self, storage: int, part: Part, shift: int) -> int:
@@ -145,11 +163,8 @@ class _Repetition:
         name = self.named.get(storage)
         key: Hashable = storage
         if name is not None and (home := self._place(name[0])) is not None:
-            mine = self._place(part)
-            if mine is None:
-                position = home[0] + (self.periods.copies if home[0] == TRACED - 1 else shift)
-            else:
-                position = mine[0] + shift + home[0] - mine[0]
+            behind = self._place(part) is None and home[0] > MIDDLE
+            position = home[0] + (self.periods.copies if behind else shift)
             key = (position, name[0].phase, name[0].visit, home[1], name[1])
         number = self.ids.setdefault(key, len(self.ids))
         if storage in self.trace.roles:
@@ -160,10 +175,8 @@ class _Repetition:
         place = self._place(part)
         if place is None or not shift:
             return part
-        behind = self.numbers[part.name] if place[0] == 1 else self.numbers[part.name] - self.periods.left_out
-        return part._replace(
-            name=part.name.replace(str(self.numbers[part.name]), str(behind + shift * self.periods.period))
-        )
+        number = self.numbers[part.name] + (shift * self.periods.period if place[0] == MIDDLE else 0)
+        return part._replace(name=f"{part.name.rpartition('.')[0]}.{number}")
 
     def _check(self, parts: Sequence[tuple[Part, list[Event]]]) -> None:
         """What a copy looks up in its neighbours must be there: equal storages in equal order."""
@@ -173,6 +186,7 @@ class _Repetition:
                 sizes = made.setdefault((part.phase, part.visit, place[1], place[0]), [])
                 sizes += [event.nbytes for event in events if isinstance(event, Alloc)]
         for (phase, visit, layer, period), sizes in made.items():
-            neighbour = {"forward": 0, "backward": 2}.get(phase)
-            if period == 1 and neighbour is not None and made.get((phase, visit, layer, neighbour)) != sizes:
-                raise UnequalPeriodsError(f"{phase} {visit} of layer {layer} of a period")
+            neighbours = (MIDDLE - 1, MIDDLE + 1) if phase in ("persistent", "forward", "backward") else ()
+            for neighbour in neighbours if period == MIDDLE else ():
+                if made.get((phase, visit, layer, neighbour)) != sizes:
+                    raise UnequalPeriodsError(f"{phase} {visit} of layer {layer} of a period")

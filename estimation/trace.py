@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_iter
 from estimation.ops import Op, op_of
 
 BLOCK_BYTES = 512
-"""Storages are counted in units of what the CUDA caching allocator hands out."""
+"""What the CUDA caching allocator hands out storages in units of."""
 
 
 class Part(NamedTuple):
@@ -41,6 +41,8 @@ class Alloc(NamedTuple):
     nbytes: int
     op: str
     """What made it."""
+    like: int = -1
+    """Of several that one operation makes of as many, such as an optimizer's: the storage it is made of."""
 
 
 class Free(NamedTuple):
@@ -75,8 +77,9 @@ class Tracer(TorchDispatchMode):
     Sees what is dispatched: nothing inside of a compiled graph.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         super().__init__()
+        self.block_bytes = block_bytes
         self.trace = Trace()
         self._numbers: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -105,6 +108,7 @@ class Tracer(TorchDispatchMode):
         for name, unit in units.items():
             handles.append(unit.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True))
             handles.append(unit.register_forward_hook(self._behind(name), prepend=True, with_kwargs=True))
+            handles.append(unit.register_forward_hook(self._left, with_kwargs=True))
         return [handle.remove for handle in handles]
 
     # ---- recording
@@ -122,6 +126,10 @@ class Tracer(TorchDispatchMode):
                 if isinstance(tensor, Tensor):
                     self._see(tensor, str(func))
                     self.trace.roles.setdefault(self._numbers[_key(tensor)], role)
+        models = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+        if isinstance(result, (list, tuple)) and len(result) == len(models):
+            for tensor, model in zip(result, models, strict=True):
+                self._see(tensor, str(func), self._numbers.get(_key(model), -1))
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor, str(func))
@@ -143,8 +151,9 @@ class Tracer(TorchDispatchMode):
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
 
-    def _see(self, tensor: Tensor, op: str) -> None:
+    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
         local = _local(tensor)
         storage = local.untyped_storage()
         key = storage._cdata
@@ -154,8 +163,8 @@ class Tracer(TorchDispatchMode):
         self._next += 1
         self._numbers[key] = number
         self._alive[number] = weakref.ref(storage, lambda _: self._gone(key, number))
-        if nbytes := _rounded(storage.nbytes()):
-            self.trace.events.append(Alloc(number, nbytes, op))
+        if nbytes := self._rounded(storage.nbytes()):
+            self.trace.events.append(Alloc(number, nbytes, op, like))
 
     def _gone(self, key: int, number: int) -> None:
         del self._numbers[key], self._alive[number]
@@ -168,8 +177,11 @@ class Tracer(TorchDispatchMode):
         if before:
             self.trace.events.append(Free(number))
         if size:
-            self.trace.events.append(Alloc(number, _rounded(size), "resize_"))
+            self.trace.events.append(Alloc(number, self._rounded(size), "resize_"))
         self.trace.roles.setdefault(number, "unsharded parameters")
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self.block_bytes) * self.block_bytes
 
     # ---- parts
 
@@ -186,7 +198,6 @@ class Tracer(TorchDispatchMode):
 
     def _behind(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
-            self.enter("forward", "")
             for tensor in tree_iter(result):
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     tensor.register_hook(lambda _: self.enter("backward", name))
@@ -194,6 +205,10 @@ class Tracer(TorchDispatchMode):
                     return
 
         return hook
+
+    def _left(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        """Behind all other hooks: FSDP frees a unit's whole parameters in one."""
+        self.enter("forward", "")
 
 
 _ROLES_OF_ARGUMENTS = {"c10d": "communication", "_c10d_functional": "communication"}
@@ -206,10 +221,6 @@ def _local(tensor: Tensor) -> Tensor:
 
 def _key(tensor: Tensor) -> int:
     return _local(tensor).untyped_storage()._cdata
-
-
-def _rounded(nbytes: int) -> int:
-    return -(-nbytes // BLOCK_BYTES) * BLOCK_BYTES
 
 
 @contextmanager
