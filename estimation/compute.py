@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from estimation.devices import Device
-from estimation.ops import Op
+from estimation.ops import NEXT_MICRO_BATCH, Op
 from estimation.rehearsal import Rehearsal
 from titan_lite.config.component import ConfigBase
 
@@ -63,21 +63,24 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
     """What the operations of a rehearsal take on the device."""
     kinds: dict[str, float] = {}
     phases: Counter[str] = Counter()
-    moved: dict[str, list[tuple[int, float]]] = {}
+    moved: dict[str, Axis] = {}
+    micro_batch = 0
     for part, events in rehearsal.trace.parts():
-        for event in events:
-            if not isinstance(event, Op):
+        for op in events:
+            if not isinstance(op, Op):
                 continue
-            if event.kind == "collective":
-                axis = rehearsal.groups.get(event.group, "world")
-                seconds = _collective_seconds(event, axis, rehearsal.axes, device, assumed)
-                moved.setdefault(axis, []).append((event.nbytes, seconds))
+            micro_batch += op == NEXT_MICRO_BATCH
+            times = rehearsal.middle if micro_batch == 2 else 1
+            if op.kind == "collective":
+                axis = rehearsal.groups.get(op.group, "world")
+                seconds = times * _collective_seconds(op, axis, rehearsal.axes, device, assumed)
+                so_far = moved.get(axis, Axis(0, 0, 0.0))
+                moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
-                phases[part.phase] += event.flops
-                kinds[event.kind] = kinds.get(event.kind, 0.0) + _seconds(event, device, assumed)
-    axes = {
-        name: Axis(sum(n for n, _ in each), len(each), sum(s for _, s in each)) for name, each in sorted(moved.items())
-    }
+                phases[part.phase] += times * op.flops
+                kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
+    del kinds["mark"]
+    axes = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
     for name, axis_ in axes.items():

@@ -26,6 +26,9 @@ class Op(NamedTuple):
     """Name of the process group of a collective."""
 
 
+NEXT_MICRO_BATCH = Op("next micro-batch", "mark", torch.float32, 0, 0, "")
+"""Stands in a trace where a micro-batch begins, and costs nothing."""
+
 _VIEWS = {"view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze"}
 _VIEWS |= {"detach", "alias", "split", "split_with_sizes", "as_strided", "unbind", "empty", "empty_like", "unflatten"}
 _VIEWS |= {"new_empty", "empty_strided", "_reshape_alias", "diagonal", "narrow", "chunk", "lift_fresh", "resize_"}

@@ -14,6 +14,7 @@ from pydantic import PrivateAttr
 from torch import Tensor, nn
 
 from estimation.kernels import device_kernels
+from estimation.ops import NEXT_MICRO_BATCH
 from estimation.repeat import Periods, UnequalPeriodsError, repeated
 from estimation.trace import BLOCK_BYTES, Trace, Tracer, traced
 from estimation.world import FakeWorld, fake_world
@@ -22,6 +23,7 @@ from titan_lite.models.block import Layer
 from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
+from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.parallel.fsdp import gathered_parameters
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
@@ -41,6 +43,8 @@ class Rehearsal:
     """Sizes of the mesh's axes; nothing without a mesh."""
     tokens: int
     """This rank's tokens in the step."""
+    middle: int
+    """How many micro-batches the second of three stands for; of fewer each stands for itself."""
     layers_traced: int
     layers: int
 
@@ -122,22 +126,29 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         training = build(job, world, precision, vocabulary(job), blank=True)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
-        batches = _batches(job, world)
+        sizes = micro_batches(job, world.dp_size)
+        middle = max(1, len(sizes) - 2)
+        tokens = sum(sizes) * job.training.seq_len
+        batches = _batches(job, sizes[:1] + sizes[1:-1][:1] + sizes[1:][-1:])
         groups = _groups(world)
         trace = record(training, batches, BLOCK_BYTES if on_device else 1)
-        tokens = sum(batch.tokens.numel() for batch in batches)
     if periods is not None:
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, tokens, traced_layers, layers)
+    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers)
 
 
 def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
     """The trace of a second step, in a real world or a fake one, with storages in units of `block_bytes`."""
     n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
-    step(training, batches, n_tokens, 0)
+    step(training, batches if hasattr(training.memory, "slots") else batches[:1], n_tokens, 0)
     model, tracer = training.model, Tracer(block_bytes)
+
+    def objective(*args: Any) -> Tensor:
+        tracer.trace.events.append(NEXT_MICRO_BATCH)
+        return training.objective(*args)
+
     names = {module: name for name, module in model.named_modules()}
     units = {names[unit]: unit for unit in model.shard_units()}
     handle = training.optimizer.register_step_pre_hook(lambda *_: tracer.enter("optimizer", ""))
@@ -145,7 +156,7 @@ def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) 
         with traced(tracer, units) as trace:
             own(tracer, training, units)
             tracer.enter("forward", "")
-            step(training, batches, n_tokens, 1)
+            step(replace(training, objective=cast(LanguageModeling, objective)), batches, n_tokens, 1)
     finally:
         handle.remove()
     return trace
@@ -184,10 +195,10 @@ class _Rows:
         return torch.arange(self.numbers.start, self.numbers.stop, device=device)
 
 
-def _batches(job: Job, world: FakeWorld) -> list[MicroBatch]:
+def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
     batches: list[MicroBatch] = []
     first = 0
-    for rows in micro_batches(job, world.dp_size):
+    for rows in sizes:
         tokens = torch.zeros(rows, job.training.seq_len, dtype=torch.int64)
         batches.append(MicroBatch(tokens, tokens, tokens.clone(), cast(Tensor, _Rows(first, rows))))
         first += rows

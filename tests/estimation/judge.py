@@ -44,6 +44,7 @@ def measured_peak(tables: Mapping[str, Any], size: int) -> int:
     for event in events:
         live += event.nbytes()
         peak = max(peak, live)
+    world.close()
     return at_rest + peak
 
 

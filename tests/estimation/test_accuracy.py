@@ -19,7 +19,7 @@ TOLERANCE = 0.02
 
 BASE: dict[str, Any] = {
     "model": {"dim": 128, "n_layers": 3, "vocab_size": VOCAB},
-    "training": {"local_batch_size": 2, "seq_len": 128, "loss_chunk_tokens": 0},
+    "training": {"local_batch_size": 2, "seq_len": 128, "loss_chunk_tokens": 0, "mixed_precision_param": "float32"},
     "activation_checkpoint": {"mode": "none"},
 }
 FULL = {"activation_checkpoint": {"mode": "full"}}
