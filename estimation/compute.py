@@ -79,7 +79,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
             else:
                 phases[part.phase] += times * op.flops
                 kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
-    del kinds["mark"]
+    kinds.pop(NEXT_MICRO_BATCH.kind, None)
     axes = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing

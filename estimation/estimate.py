@@ -17,6 +17,7 @@ from estimation.rehearsal import Rehearsal, rehearse, vocabulary
 from titan_lite.models.attention import HeadAttention
 from titan_lite.models.flops import anew_flops_per_token, training_flops_per_token
 from titan_lite.models.spec import collect_specs
+from titan_lite.models.stack import RecurrentStack
 from titan_lite.models.transformer import Transformer
 
 if TYPE_CHECKING:
@@ -201,6 +202,8 @@ def _not_modelled(job: Job, model: Transformer, device: Device) -> Iterator[str]
     yield from _less_than_counted(job)
     if job.model.converters:
         yield f"model.converters = {', '.join(job.model.converters)}: counts as not converted"
+    if isinstance(job.model.stack, RecurrentStack.Config):
+        yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
     if not device.is_cpu and _has_other_kernels(job, model):
         yield (
             'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '

@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+import titan_lite.models.ffn.moe.experts  # noqa: F401  # registers the operation
+
 aten = torch.ops.aten
+grouped_mm = torch.ops.titan_lite.grouped_mm
 
 
 class Op(NamedTuple):
@@ -82,7 +85,13 @@ def _flash_on_cpu_backward(
     return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
 
 
+def _grouped(a: Any, b: Any, ends: Any, *args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    """Of the products of all experts: of rows (N, K) each with its matrix (K, M), or of (K, N) and (N, M) in parts."""
+    return 2 * int(a.numel()) * int(b.shape[-1])
+
+
 for _op, _count in (
+    (grouped_mm, _grouped),
     (aten._scaled_dot_product_flash_attention_for_cpu, _flash_on_cpu),
     (aten._scaled_dot_product_flash_attention_for_cpu_backward, _flash_on_cpu_backward),
 ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from pydantic import PrivateAttr
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.fsdp import FSDPModule
 
 from estimation.kernels import device_kernels
 from estimation.ops import NEXT_MICRO_BATCH
@@ -20,16 +22,19 @@ from estimation.trace import BLOCK_BYTES, Trace, Tracer, traced
 from estimation.world import FakeWorld, fake_world
 from titan_lite.config.errors import KEY_MISSING, ConfigError
 from titan_lite.models.block import Layer
+from titan_lite.models.context import Iterations
 from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.objectives.lm import LanguageModeling
-from titan_lite.parallel.fsdp import gathered_parameters
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+
+DRAWS = 64
+"""Steps over which the iterations of a recurrent stack are averaged."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +131,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         training = build(job, world, precision, vocabulary(job), blank=True)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
+        training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
         sizes = micro_batches(job, world.dp_size)
         middle = max(1, len(sizes) - 2)
         tokens = sum(sizes) * job.training.seq_len
@@ -173,9 +179,29 @@ def own(tracer: Tracer, training: Training, units: dict[str, nn.Module]) -> None
         tracer.own(iter(parameters), "parameters")
         for parameter in parameters:
             tracer.own((t for t in state[parameter].values() if isinstance(t, Tensor)), "optimizer state")
-    tracer.own((t for t in gathered_parameters(training.model) if t is not None), "unsharded parameters")
+    tracer.own(_gathered(training.model), "unsharded parameters")
     for slot in getattr(training.memory, "slots", {}).values():
         tracer.own(iter(slot.tensors().values()), "memory")
+
+
+def _gathered(model: nn.Module) -> Iterator[Tensor]:
+    """What FSDP gathers parameters into: of no size while they are not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    yield from parameter.all_gather_outputs
+
+
+def _typical(training: Training) -> Callable[[int], Iterations | None]:
+    """Iterations of a recurrent stack as those of a step that is like the mean of many, whatever the step."""
+    with unset_fake_temporarily():
+        draws = [draw for draw in map(training.iterations, range(DRAWS)) if draw is not None]
+    if not draws:
+        return training.iterations
+    mean = sum(map(sum, draws)) / len(draws)
+    typical = min(draws, key=lambda draw: (abs(sum(draw) - mean), draw))
+    return lambda index: typical
 
 
 class _Rows:

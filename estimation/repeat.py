@@ -145,7 +145,7 @@ class _Repetition:
         self.result.cuts.append((len(self.result.events), self._shifted(part, shift)))
         for event in events:
             if isinstance(event, Op):
-                grows = part.phase == "optimizer"
+                grows = part.phase == "optimizer" and event.kind != "collective"
                 self.result.events.append(event._replace(nbytes=round(event.nbytes * self.growth)) if grows else event)
                 continue
             for each in self._shifts(event, part, shift):
