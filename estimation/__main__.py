@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--world-size must be at least 1")
     if options.tokens is not None and not 0 < options.tokens < math.inf:
         parser.error("--tokens must be positive")
+    if options.config == "plan":
+        parser.error("plan, the search for the best layout, is not available yet")
     from estimation.devices import device_of  # slow: torch
     from estimation.estimate import default_world_size, estimate
     from estimation.report import text

@@ -25,7 +25,7 @@ BASE: dict[str, Any] = {
 FULL = {"activation_checkpoint": {"mode": "full"}}
 OP = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}
 SECOND = {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}}
-ACCUMULATING = {"training": {"global_batch_size": 8}}
+ACCUMULATING = {"training": {"global_batch_size": 16}}
 CHUNKED = {"training": {"loss_chunk_tokens": 64}}
 FOREACH = {"optimizer": {"implementation": "foreach"}}
 LOOP = {"optimizer": {"implementation": "for-loop"}}
@@ -33,8 +33,7 @@ MIXED = {"training": {"mixed_precision_param": "bfloat16"}}
 TIED = {"model": {"head": {"tied": True}}}
 TP = {"parallelism": {"tensor_parallel_degree": 2}}
 DDP = {"parallelism": {"data_parallel_replicate_degree": 2}}
-EXPERTS = {"model": {"ffn": {"type": "moe", "n_experts": 4, "top_k": 2, "expert_hidden": 64}}}
-RECURRENT = {"model": {"n_layers": 4, "stack": {"type": "recurrent"}}}
+EXPERTS = {"model": {"name": "mixtral", "flavor": "debugmodel"}}
 XL = {"model": {"memory": {"type": "xl", "length": 64}}}
 SHARED = {"model": {"n_layers": 4, "stack": {"type": "shared", "share": "cycle", "n_unique": 2}}}
 DROPOUT = {"model": {"residual": {"type": "pre", "dropout": 0.1}}}
@@ -53,6 +52,7 @@ ALONE = {
     "post, eager": [POST, EAGER],
     "shared": [SHARED, FULL],
     "memory": [XL],
+    "experts": [EXPERTS],
 }
 SEVERAL = {
     "sharded": [],
@@ -63,6 +63,10 @@ SEVERAL = {
     "tensor parallel": [TP],
     "tensor parallel, op": [TP, OP, CHUNKED],
     "shared": [SHARED],
+}
+FOUR = {
+    "sharded, tensor parallel, op": [TP, OP],
+    "replicas of shards": [DDP, ACCUMULATING],
 }
 
 
@@ -85,3 +89,10 @@ def test_two_ranks(name: str, pool2: WorkerPool):
     tables = tables_of(SEVERAL[name])
     measured = pool2.run(measured_peak, tables, 2)[0]
     assert estimated_peak(tables, 2) == pytest.approx(measured, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FOUR)
+def test_four_ranks(name: str, pool4: WorkerPool):
+    tables = tables_of(FOUR[name])
+    measured = pool4.run(measured_peak, tables, 4)[0]
+    assert estimated_peak(tables, 4) == pytest.approx(measured, rel=TOLERANCE)

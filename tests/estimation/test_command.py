@@ -78,3 +78,10 @@ def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pyte
     error = capsys.readouterr().err
     for words in said:
         assert words in error
+
+
+def test_what_is_not_there_yet(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as stopped:
+        main(["plan", str(FOLDER / "debug.toml"), "--gpus", "8"])
+    assert stopped.value.code == 2
+    assert "not available yet" in capsys.readouterr().err
