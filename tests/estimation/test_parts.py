@@ -53,11 +53,17 @@ def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest
     whole = rehearsed(config, 4)
     assert short.layers_traced < whole.layers_traced == 12
     assert memory_of(short.trace).peak.total == memory_of(whole.trace).peak.total
+    assert _in_optimizer(short) == pytest.approx(_in_optimizer(whole), rel=0.01)
     device = device_of("h100-80gb")
     ours, theirs = (compute_of(each, device, Assumptions()) for each in (short, whole))
     assert ours.flops == theirs.flops
     assert ours.communication["dp_shard"].nbytes == pytest.approx(theirs.communication["dp_shard"].nbytes, rel=1e-3)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
+
+
+def _in_optimizer(found: Rehearsal) -> int:
+    """The most bytes while it steps."""
+    return max(moment.total for moment in memory_of(found.trace).timeline if moment.part.phase == "optimizer")
 
 
 def test_saved_activations_of_a_block():
