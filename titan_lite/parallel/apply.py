@@ -37,4 +37,4 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
         reshard = job.parallelism.fsdp_reshard_after_forward
         meshes = dict(zip(precision.masters, map(sharding_mesh, existing), strict=True))
         apply_fsdp(model, meshes, precision.param, precision.reduce, reshard, offload)
-    model.to_empty(device=torch.device("cpu") if offload else world.device)
+    world.materialize(model, torch.device("cpu") if offload else world.device)

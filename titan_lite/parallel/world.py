@@ -57,7 +57,7 @@ def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_g
     tp = parallelism.tensor_parallel_degree
     sizes = {"dp_replicate": replicate, "dp_shard": degree // replicate} | ({"tp": tp} if tp > 1 else {})
     axes = tuple(sizes)
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend = "nccl" if device_type == "cuda" else dist.get_backend()
     override: Any = dict.fromkeys(axes, backend) if own_groups else None
     return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=axes, backend_override=override)
 
@@ -210,6 +210,10 @@ class World:
             loss.backward()
             total += loss.detach()
         return total
+
+    def materialize(self, model: nn.Module, device: torch.device) -> None:
+        """Gives the parameters of a sharded model on the meta device their memory, not yet their values."""
+        model.to_empty(device=device)
 
     def close(self) -> None:
         """Leaves the process group that `connect` joined."""

@@ -1,0 +1,219 @@
+"""A job, a world size and a device -> memory, time and communication of one rank, with what they rest on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from estimation.allocator import replay
+from estimation.compute import Assumptions, Compute, compute_of
+from estimation.devices import GIB, Device
+from estimation.memory import Memory, memory_of
+from estimation.rehearsal import Rehearsal, rehearse, vocabulary
+from titan_lite.models.attention import HeadAttention
+from titan_lite.models.flops import anew_flops_per_token, training_flops_per_token
+from titan_lite.models.spec import collect_specs
+from titan_lite.models.stack import RecurrentStack
+from titan_lite.models.transformer import Transformer
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+ALWAYS_LEFT_OUT = (
+    "memory that streams beside the main one hold a little longer, and validation, sampling and checkpoints: "
+    "the estimate is of a training step",
+    "host memory",
+)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Everything about one rank's step."""
+
+    device: Device
+    world_size: int
+    axes: dict[str, int]
+    memory: Memory
+    reserved: int
+    """Bytes that torch's caching allocator holds; on a CPU there is none, and they are the live ones."""
+    reserved_expandable: int
+    """The same with expandable segments."""
+    compute: Compute
+    tokens: int
+    parameters: int
+    formula_flops_per_token: int
+    assumed: Assumptions
+    not_modelled: tuple[str, ...]
+    upper_bound: bool
+    """Whether something counts as on the device that the job keeps in host memory, or does not keep."""
+    layers_traced: int
+    layers: int
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        """Tokens of the global batch by devices and seconds."""
+        return self.tokens / self.compute.seconds / self.axes.get("tp", 1)
+
+    @property
+    def flops_per_token(self) -> float:
+        """Of all ranks that work on the token, as traced."""
+        return self.compute.flops * self.axes.get("tp", 1) / self.tokens
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs by the formula that training logs, as a share of the device's bf16 peak."""
+        return self.formula_flops_per_token * self.tokens_per_second_per_device / self.device.bf16
+
+    @property
+    def outside_gib(self) -> float:
+        """What the device holds outside of the allocator."""
+        return 0.0 if self.device.is_cpu else self.assumed.outside_allocator_gib
+
+    @property
+    def spare_gib(self) -> float:
+        """What is left of the device's memory; negative where it does not fit."""
+        return self.device.memory_gib - self.reserved / GIB - self.outside_gib
+
+    @property
+    def fits(self) -> bool | None:
+        """None where only more is known than the job needs, and that does not fit."""
+        if self.spare_gib >= 0:
+            return True
+        return None if self.upper_bound else False
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        peak, compute = self.memory.peak, self.compute
+        return {
+            "device": self.device.name,
+            "world_size": self.world_size,
+            "mesh": self.axes,
+            "parameters": self.parameters,
+            "peak_live_gib": peak.total / GIB,
+            "peak_reserved_gib": self.reserved / GIB,
+            "peak_reserved_expandable_gib": self.reserved_expandable / GIB,
+            "outside_allocator_gib": self.outside_gib,
+            "device_memory_gib": self.device.memory_gib,
+            "fits": self.fits,
+            "spare_gib": self.spare_gib,
+            "peak_is_upper_bound": self.upper_bound,
+            "peak_at": {"phase": peak.part.phase, "unit": peak.part.name},
+            "categories": {name: nbytes / GIB for name, nbytes in peak.live.items() if nbytes},
+            "saved_for_backward_gib": {name: nbytes / GIB for name, nbytes in self.memory.saved.items()},
+            "step_seconds": compute.seconds,
+            "seconds_by_kind": dict(compute.by_kind),
+            "communication": {
+                name: {"gib": axis.nbytes / GIB, "collectives": axis.count, "seconds": axis.seconds}
+                for name, axis in compute.communication.items()
+            },
+            "tokens_per_second_per_device": self.tokens_per_second_per_device,
+            "mfu": self.mfu,
+            "flops_per_token": self.flops_per_token,
+            "flops_per_token_by_phase": {
+                phase: flops * self.axes.get("tp", 1) / self.tokens for phase, flops in compute.by_phase.items()
+            },
+            "formula_flops_per_token": self.formula_flops_per_token,
+            "layers_traced": self.layers_traced,
+            "layers": self.layers,
+            "assumptions": self.assumed.model_dump(),
+            "not_modelled": list(self.not_modelled),
+        }
+
+
+def default_world_size(job: Job) -> int:
+    """The product of the degrees; one of -1 counts as 1."""
+    layout = job.parallelism
+    shard = max(1, layout.data_parallel_shard_degree)
+    return layout.data_parallel_replicate_degree * shard * layout.model_parallel_degree
+
+
+def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | None = None) -> Estimate:
+    """The estimate of a job that `load_job` accepts for this world size."""
+    model = _whole_model(job)
+    not_modelled = (*_not_modelled(job, model, device), *ALWAYS_LEFT_OUT)
+    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, on_device=not device.is_cpu)
+    memory = memory_of(rehearsal.trace)
+    specs = collect_specs(model)
+    keys = job.model.memory.keys(job.training.seq_len)
+    formula = training_flops_per_token(model, specs, keys)
+    formula += anew_flops_per_token(model, job.model.memory.anew(job.training.seq_len))
+    live = memory.peak.total
+    assumed = assumed or Assumptions()
+    return Estimate(
+        device=device,
+        world_size=world_size,
+        axes=rehearsal.axes,
+        memory=memory,
+        reserved=live if device.is_cpu else replay(rehearsal.trace.events).reserved,
+        reserved_expandable=live if device.is_cpu else replay(rehearsal.trace.events, expandable=True).reserved,
+        compute=compute_of(rehearsal, device, assumed),
+        tokens=rehearsal.tokens,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        formula_flops_per_token=formula,
+        assumed=assumed,
+        not_modelled=not_modelled,
+        upper_bound=any(_less_than_counted(job)),
+        layers_traced=rehearsal.layers_traced,
+        layers=rehearsal.layers,
+    )
+
+
+def _whole_model(job: Job) -> Transformer:
+    with torch.device("meta"):
+        model: Transformer = job.model.build(vocab_size=vocabulary(job))
+    return model
+
+
+def _as_traced(job: Job, device: Device) -> Job:
+    """The job as it can be followed operation by operation, in the dtypes of the device."""
+    training, checkpoint = job.training, job.activation_checkpoint
+    changes: dict[str, Any] = {
+        "compile": job.compile.model_copy(update={"enable": False}),
+        "model": job.model.model_copy(update={"converters": ()}),
+    }
+    host = {"enable_cpu_offload": False, "enable_optimizer_offload": False}
+    if training.mixed_precision_param == "auto" and not device.is_cpu:
+        host |= {"mixed_precision_param": "bfloat16"}  # type: ignore[dict-item]
+    changes["training"] = training.model_copy(update=host)
+    mode = "none" if checkpoint.mode == "memory_budget" else checkpoint.mode
+    changes["activation_checkpoint"] = checkpoint.model_copy(update={"mode": mode, "offload": False})
+    return job.model_copy(update=changes)
+
+
+def _less_than_counted(job: Job) -> Iterator[str]:
+    """What makes the memory of the estimate more than that of the job."""
+    if job.training.enable_cpu_offload:
+        yield "training.enable_cpu_offload: parameters, gradients and optimizer states count as on the device"
+    if job.training.enable_optimizer_offload:
+        yield "training.enable_optimizer_offload: optimizer states count as on the device"
+    if job.activation_checkpoint.offload:
+        yield "activation_checkpoint.offload: what blocks leave for backward counts as on the device"
+    if job.activation_checkpoint.mode == "memory_budget":
+        yield "activation_checkpoint.mode = memory_budget: counts as none"
+    if job.compile.enable:
+        yield "compile.enable: memory and time are those of eager operations, which keep and move more"
+
+
+def _not_modelled(job: Job, model: Transformer, device: Device) -> Iterator[str]:
+    yield from _less_than_counted(job)
+    if job.model.converters:
+        yield f"model.converters = {', '.join(job.model.converters)}: counts as not converted"
+    if isinstance(job.model.stack, RecurrentStack.Config):
+        yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
+    if not device.is_cpu and _has_other_kernels(job, model):
+        yield (
+            'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '
+            "scaled_dot_product_attention with a mask in memory, or as eager scores"
+        )
+
+
+def _has_other_kernels(job: Job, model: Transformer) -> bool:
+    seq_len = job.training.seq_len
+    sizes = (seq_len, math.ceil(job.model.memory.keys(seq_len)))
+    kernels = (module.kernel for module in model.modules() if isinstance(module, HeadAttention))
+    devices = (torch.device("cuda"), torch.device("cpu"))
+    return any(len({kernel.acting(device, *sizes) for device in devices}) > 1 for kernel in kernels)

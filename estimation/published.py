@@ -1,0 +1,103 @@
+"""python -m estimation.published: published peak memory against estimates of the same runs, as a table in Markdown.
+
+Nothing is fitted to a row: each is estimated from its recipe alone.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from estimation.devices import GIB, device_of
+from estimation.estimate import estimate
+from titan_lite.config.load import job_from_dict
+
+
+class Row(NamedTuple):
+    """A published run."""
+
+    what: str
+    device: str
+    size: int
+    tables: dict[str, Any]
+    published: float
+    """GiB."""
+    reserved: bool
+    """Whether that is what the allocator reserved, and not what was live."""
+    compiled: bool
+
+
+def _torchtitan(batch: int, compiled: bool, gib: float) -> Row:
+    """8B as torchtitan trained it on 8 x H100-96GB with torch of 2024-12-23: dense logits, per-op checkpoints."""
+    tables = {
+        "model": {"name": "llama3", "flavor": "8B"},
+        "training": {"local_batch_size": batch, "seq_len": 8192, "loss_chunk_tokens": 0},
+        "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
+    }
+    return Row(f"8B, FSDP 8, batch {batch}, op", "h100-96gb", 8, tables, gib, True, compiled)
+
+
+_SIZES = {"7B": (4096, 32, 8), "13B": (5120, 40, 8)}
+"""Width, layers (and as many heads), key/value heads."""
+
+
+def _framework(size: str, ranks: int, tp: int, batch: int, steps: int, gib: float, compiled: bool = True) -> Row:
+    """A public FSDP2 framework on H200: everything in bfloat16, full checkpoints, sequences of 4096."""
+    dim, layers, groups = _SIZES[size]
+    hidden = -(-int(1.3 * int(2 * 4 * dim / 3)) // 256) * 256
+    heads = {"type": "gqa", "n_heads": layers, "n_kv_heads": groups, "head_dim": 128}
+    tables = {
+        "model": {
+            "dim": dim,
+            "n_layers": layers,
+            "vocab_size": 128256,
+            "attention": heads,
+            "ffn": {"type": "glu", "hidden": hidden},
+        },
+        "training": {
+            "local_batch_size": batch,
+            "global_batch_size": batch * steps * (ranks // tp),
+            "seq_len": 4096,
+            "dtype": "bfloat16",
+            "loss_chunk_tokens": 0,
+        },
+        "activation_checkpoint": {"mode": "full"},
+        "parallelism": {"tensor_parallel_degree": tp},
+    }
+    layout = " ".join(f"{name} {n}" for name, n in (("TP", tp), ("FSDP", ranks // tp)) if n > 1) or "1 GPU"
+    return Row(f"{size}, {layout}, batch {batch} x {steps}", "h200-141gb", ranks, tables, gib, False, compiled)
+
+
+ROWS = (
+    _torchtitan(2, False, 82.4),
+    _torchtitan(2, True, 77.0),
+    _torchtitan(1, True, 47.65),
+    _framework("7B", 1, 1, 2, 4, 80.7),
+    _framework("7B", 2, 1, 2, 4, 62.4),
+    _framework("7B", 2, 2, 4, 2, 57.8),
+    _framework("7B", 4, 4, 4, 2, 39.4),
+    _framework("13B", 8, 1, 4, 4, 88.5, compiled=False),
+    _framework("7B", 16, 4, 4, 2, 29.4),
+)
+
+
+def main() -> None:
+    """Prints the table."""
+    print("| run | compiled | published GiB | estimated live | estimated reserved (expandable) | ratio | seconds |")
+    print("|---|---|---:|---:|---:|---:|---:|")
+    for row in ROWS:
+        start = time.perf_counter()
+        found = estimate(job_from_dict(row.tables, row.size, files=False), row.size, device_of(row.device))
+        live, reserved = found.memory.peak.total / GIB, found.reserved / GIB
+        ratio = (reserved if row.reserved else live) / row.published
+        kind = "reserved" if row.reserved else "live"
+        print(
+            f"| {row.what} | {'yes' if row.compiled else 'no'} | {row.published} {kind} | {live:.2f} |"
+            f" {reserved:.2f} ({found.reserved_expandable / GIB:.2f}) | {ratio:.3f} |"
+            f" {time.perf_counter() - start:.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""One training step of a job on one rank of any world, traced: the very code that trains, without its numbers."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from pydantic import PrivateAttr
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.distributed.fsdp import FSDPModule
+
+from estimation.kernels import device_kernels
+from estimation.ops import NEXT_MICRO_BATCH
+from estimation.repeat import Periods, UnequalPeriodsError, repeated
+from estimation.trace import BLOCK_BYTES, Trace, Tracer, traced
+from estimation.world import FakeWorld, fake_world
+from titan_lite.config.errors import KEY_MISSING, ConfigError
+from titan_lite.models.block import Layer
+from titan_lite.models.context import Iterations
+from titan_lite.models.memory import NoLaneMemory
+from titan_lite.models.stack import PlainStack
+from titan_lite.models.transformer import Transformer, vocab_size_for
+from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.parallel.precision import Precision
+from titan_lite.step import MicroBatch, Training, build, step
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+DRAWS = 64
+"""Steps over which the iterations of a recurrent stack are averaged."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What came of it."""
+
+    trace: Trace
+    groups: dict[str, str]
+    """Process group of a collective -> the mesh's axes it runs over, joined by "+"."""
+    axes: dict[str, int]
+    """Sizes of the mesh's axes; nothing without a mesh."""
+    tokens: int
+    """This rank's tokens in the step."""
+    middle: int
+    """How many micro-batches the second of three stands for; of fewer each stands for itself."""
+    layers_traced: int
+    layers: int
+
+
+class _Kept(Transformer.Config):
+    """A model with some layers of another only."""
+
+    _numbers: list[int] = PrivateAttr(default_factory=list)
+
+    def each_layer(self) -> list[Layer]:
+        layers = super().each_layer()
+        return [layers[number] for number in self._numbers]
+
+
+def vocabulary(job: Job) -> int:
+    """Rows of the embedding, as far as they are known without the tokenizer's files, or with them if they are here."""
+    if job.model.vocab_size or job.tokenizer.known_vocab_size:
+        return vocab_size_for(job.model, job.tokenizer.known_vocab_size)
+    try:
+        return vocab_size_for(job.model, job.tokenizer.build().vocab_size)
+    except ConfigError:
+        why = "must be given to estimate a model whose tokenizer is not on this machine"
+        raise ConfigError.at("model.vocab_size", why, 0, "rows of the embedding", code=KEY_MISSING) from None
+
+
+def micro_batches(job: Job, dp_size: int) -> list[int]:
+    """Rows of each micro-batch of a rank's step."""
+    local, rows = job.training.local_batch_size, job.training.global_batch_size
+    share = local if rows == -1 else rows // dp_size
+    return [min(local, share - done) for done in range(0, share, local)]
+
+
+def rehearse(job: Job, world_size: int, on_device: bool) -> Rehearsal:
+    """The second step of `job`, in which optimizer states exist, on rank 0 of `world_size`.
+
+    `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
+    equal layers a few are traced and stand for the others, where they are found to do equal things.
+    """
+    for periods in _ways_to_repeat(job.model, _every(job)):
+        if periods is None:
+            return _rehearse(job, world_size, on_device, None)
+        try:
+            return _rehearse(job, world_size, on_device, periods)
+        except UnequalPeriodsError:
+            continue
+    raise AssertionError("the last way is to trace all layers")
+
+
+def _every(job: Job) -> int:
+    """In steps of how many layers checkpoints repeat."""
+    checkpoint = job.activation_checkpoint
+    by_layer = checkpoint.mode == "selective" and checkpoint.selective_ac_option != "op"
+    return int(checkpoint.selective_ac_option) if by_layer else 1
+
+
+def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Periods | None]:
+    """What to try, cheapest first: layers that only look equal may treat what earlier ones left differently."""
+    if isinstance(model.stack, PlainStack.Config) and isinstance(model.memory, NoLaneMemory.Config):
+        kinds: list[Any] = [repr(layer) for layer in model.each_layer()]
+        for different in range(2):
+            kinds[:different] = range(different)
+            periods = Periods.of(kinds, multiple_of)
+            if periods is not None and periods.left_out:
+                yield periods
+    yield None
+
+
+def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | None) -> Rehearsal:
+    layers = len(job.model.stack.executed(job.model.n_layers))
+    if periods is not None:
+        kept = _Kept.model_construct(**dict(job.model))
+        kept._numbers = periods.kept
+        job = job.model_copy(update={"model": kept})
+    precision = Precision.of(job, torch.device("cpu"))
+    with ExitStack() as stack:
+        stack.enter_context(_quiet())
+        stack.enter_context(device_kernels() if on_device else nullcontext())
+        world = stack.enter_context(fake_world(job, precision, world_size))
+        training = build(job, world, precision, vocabulary(job), blank=True)
+        if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
+            training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
+        training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
+        sizes = micro_batches(job, world.dp_size)
+        middle = max(1, len(sizes) - 2)
+        tokens = sum(sizes) * job.training.seq_len
+        batches = _batches(job, sizes[:1] + sizes[1:-1][:1] + sizes[1:][-1:])
+        groups = _groups(world)
+        trace = record(training, batches, BLOCK_BYTES if on_device else 1)
+    if periods is not None:
+        numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
+        trace = repeated(trace, periods, numbers)
+    traced_layers = layers if periods is None else len(periods.kept)
+    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers)
+
+
+def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
+    """The trace of a second step, in a real world or a fake one, with storages in units of `block_bytes`."""
+    n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
+    step(training, batches if hasattr(training.memory, "slots") else batches[:1], n_tokens, 0)
+    model, tracer = training.model, Tracer(block_bytes)
+
+    def objective(*args: Any) -> Tensor:
+        tracer.trace.events.append(NEXT_MICRO_BATCH)
+        return training.objective(*args)
+
+    names = {module: name for name, module in model.named_modules()}
+    units = {names[unit]: unit for unit in model.shard_units()}
+    handle = training.optimizer.register_step_pre_hook(lambda *_: tracer.enter("optimizer", ""))
+    try:
+        with traced(tracer, units) as trace:
+            own(tracer, training, units)
+            tracer.enter("forward", "")
+            step(replace(training, objective=cast(LanguageModeling, objective)), batches, n_tokens, 1)
+    finally:
+        handle.remove()
+    return trace
+
+
+def own(tracer: Tracer, training: Training, units: dict[str, nn.Module]) -> None:
+    """Tells the tracer what is there before a step."""
+    state: Any = training.optimizer.state
+    owned: set[nn.Parameter] = set()
+    for name, unit in (*units.items(), ("", training.model)):
+        tracer.enter("persistent", name)
+        parameters = [parameter for parameter in unit.parameters() if parameter not in owned]
+        owned.update(parameters)
+        tracer.own(iter(parameters), "parameters")
+        for parameter in parameters:
+            tracer.own((t for t in state[parameter].values() if isinstance(t, Tensor)), "optimizer state")
+    tracer.own(_gathered(training.model), "unsharded parameters")
+    for slot in getattr(training.memory, "slots", {}).values():
+        tracer.own(iter(slot.tensors().values()), "memory")
+
+
+def _gathered(model: nn.Module) -> Iterator[Tensor]:
+    """What FSDP gathers parameters into: of no size while they are not."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                for parameter in group.fsdp_params:
+                    yield from parameter.all_gather_outputs
+
+
+def _typical(training: Training) -> Callable[[int], Iterations | None]:
+    """Iterations of a recurrent stack as those of a step that is like the mean of many, whatever the step."""
+    with unset_fake_temporarily():
+        draws = [draw for draw in map(training.iterations, range(DRAWS)) if draw is not None]
+    if not draws:
+        return training.iterations
+    mean = sum(map(sum, draws)) / len(draws)
+    typical = min(draws, key=lambda draw: (abs(sum(draw) - mean), draw))
+    return lambda index: typical
+
+
+class _Rows:
+    """Numbers of rows that can be read, unlike those of a fake tensor."""
+
+    def __init__(self, first: int, n: int):
+        self.numbers = range(first, first + n)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> int:
+        return self.numbers[index]
+
+    def to(self, device: torch.device, non_blocking: bool) -> Tensor:
+        """As of a tensor."""
+        return torch.arange(self.numbers.start, self.numbers.stop, device=device)
+
+
+def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
+    batches: list[MicroBatch] = []
+    first = 0
+    for rows in sizes:
+        tokens = torch.zeros(rows, job.training.seq_len, dtype=torch.int64)
+        batches.append(MicroBatch(tokens, tokens, tokens.clone(), cast(Tensor, _Rows(first, rows))))
+        first += rows
+    return batches
+
+
+def _groups(world: FakeWorld) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for mesh in (world.mesh, world.second_mesh):
+        for axis in () if mesh is None else mesh.mesh_dim_names or ():
+            assert mesh is not None
+            found[mesh.get_group(axis).group_name] = axis
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what a real run would rightly be told of once, and a rehearsal is not about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(before)

@@ -1,0 +1,67 @@
+"""An estimate for people."""
+
+from __future__ import annotations
+
+from estimation.compute import Assumptions
+from estimation.devices import GIB
+from estimation.estimate import Estimate
+
+
+def text(found: Estimate, tokens: float | None = None) -> str:
+    """Some twenty lines: verdict first, then what it is made of and what it rests on."""
+    return "\n".join((*_verdict(found), "", *_memory(found), "", *_time(found, tokens), "", *_basis(found)))
+
+
+def _verdict(found: Estimate) -> list[str]:
+    verdict = {True: "fits", False: "DOES NOT FIT", None: "may not fit: the estimate is an upper bound"}[found.fits]
+    side = "to spare" if found.spare_gib >= 0 else "too much"
+    ranks = "1 rank" if found.world_size == 1 else f"{found.world_size} ranks"
+    mesh = " x ".join(f"{name} {size}" for name, size in found.axes.items() if size > 1) or "nothing split"
+    return [
+        f"{found.device.name}, {ranks} ({mesh}), {found.parameters:,} parameters",
+        f"{verdict}: {abs(found.spare_gib):.2f} GiB {side} of {found.device.memory_gib:.1f} GiB",
+    ]
+
+
+def _memory(found: Estimate) -> list[str]:
+    peak = found.memory.peak
+    where = f"{peak.part.phase} of {peak.part.name}" if peak.part.name else peak.part.phase
+    lines = [f"memory of a rank at its peak, in {where}:"]
+    for name, nbytes in sorted(peak.live.items(), key=lambda entry: -entry[1]):
+        if nbytes:
+            lines.append(f"  {nbytes / GIB:10.3f} GiB  {name}")
+    lines.append(f"  {peak.total / GIB:10.3f} GiB  live")
+    if not found.device.is_cpu:
+        lines.append(
+            f"  {found.reserved / GIB:10.3f} GiB  reserved by the allocator"
+            f" ({found.reserved_expandable / GIB:.3f} with expandable segments)"
+        )
+        lines.append(f"  {found.outside_gib:10.3f} GiB  outside of the allocator (assumed)")
+    return lines
+
+
+def _time(found: Estimate, tokens: float | None) -> list[str]:
+    compute = found.compute
+    lines = [
+        f"time of a step: {compute.seconds:.3f} s, {found.tokens_per_second_per_device:,.0f} tokens/s per device,"
+        f" MFU {100 * found.mfu:.1f}%",
+        f"  FLOPs per token: {found.flops_per_token:.3e} with what is recomputed,"
+        f" {found.formula_flops_per_token:.3e} by 6 N and attention",
+    ]
+    lines += [f"  {seconds:10.4f} s    {kind}" for kind, seconds in sorted(compute.by_kind.items())]
+    for name, axis in compute.communication.items():
+        lines.append(f"  {axis.seconds:10.4f} s    {axis.count} collectives over {name}, {axis.nbytes / GIB:.3f} GiB")
+    if tokens is not None:
+        days = tokens / (found.tokens_per_second_per_device * found.world_size) / 86400
+        lines.append(f"  {tokens:.3g} tokens: {days:.2f} days, {days * 24 * found.world_size:,.0f} device hours")
+    return lines
+
+
+def _basis(found: Estimate) -> list[str]:
+    fields = Assumptions.model_fields
+    lines = ["assumed (--assume NAME=VALUE):"]
+    for name, value in found.assumed.model_dump().items():
+        said = " ".join((fields[name].description or "").split())
+        lines.append(f"  {name}={value:g}: {said}" if said else f"  {name}={value:g}")
+    lines.append("not modelled:")
+    return [*lines, *(f"  {line}" for line in found.not_modelled)]

@@ -1,0 +1,235 @@
+"""What a step does, operation by operation: storages that come and go, arithmetic, and communication.
+
+The trace of a real step on this machine and of a fake one for another are the same list.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from estimation.ops import Op, op_of
+
+BLOCK_BYTES = 512
+"""What the CUDA caching allocator hands out storages in units of."""
+
+
+class Part(NamedTuple):
+    """A stretch of a step that repeated layers repeat."""
+
+    phase: str
+    """persistent (what is there before the step), forward, backward or optimizer."""
+    name: str
+    """The unit at work, by its name in the model; empty before, between and behind them."""
+    visit: int
+    """How often this phase has come to that unit before."""
+
+
+class Alloc(NamedTuple):
+    """A storage comes to be, or grows from nothing again."""
+
+    storage: int
+    nbytes: int
+    op: str
+    """What made it."""
+    like: int = -1
+    """Of several that one operation makes of as many, such as an optimizer's: the storage it is made of."""
+
+
+class Free(NamedTuple):
+    """A storage is gone, or shrinks to nothing."""
+
+    storage: int
+
+
+Event = Alloc | Free | Op
+
+
+@dataclass
+class Trace:
+    """Events in order, cut into parts."""
+
+    events: list[Event] = field(default_factory=list)
+    cuts: list[tuple[int, Part]] = field(default_factory=list)
+    """(index of the first event, part)."""
+    roles: dict[int, str] = field(default_factory=dict)
+    """Storage -> what it is known to be: see `memory.py`."""
+
+    def parts(self) -> Iterator[tuple[Part, list[Event]]]:
+        """The parts in order, each with its events."""
+        ends = [index for index, _ in self.cuts[1:]] + [len(self.events)]
+        for (start, part), end in zip(self.cuts, ends, strict=True):
+            yield part, self.events[start:end]
+
+
+class Tracer(TorchDispatchMode):
+    """Records into `trace` while it is entered. Storages that are there before are told by `own`.
+
+    Sees what is dispatched: nothing inside of a compiled graph.
+    """
+
+    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+        super().__init__()
+        self.block_bytes = block_bytes
+        self.trace = Trace()
+        self._numbers: dict[int, int] = {}
+        self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._next = 0
+        self._visits: dict[tuple[str, str], int] = {}
+        self._output: weakref.ref[Tensor] | None = None
+        """What the unit before left; where the next one takes it as it is, nothing lies between them."""
+
+    # ---- what users call
+
+    def own(self, tensors: Iterator[Tensor], role: str) -> None:
+        """Storages of `tensors` have this role; those not seen before come to be now."""
+        for tensor in tensors:
+            self._see(tensor, "own")
+            self.trace.roles[self._numbers[_key(_local(tensor))]] = role
+
+    def enter(self, phase: str, name: str) -> None:
+        """From here on, events are of another part."""
+        visit = self._visits.get((phase, name), 0)
+        self._visits[phase, name] = visit + 1
+        self.trace.cuts.append((len(self.trace.events), Part(phase, name, visit)))
+
+    def watch(self, units: dict[str, nn.Module]) -> list[Callable[[], None]]:
+        """Cuts the trace where a unit's forward and backward begin and end; returns what takes the hooks away."""
+        handles = []
+        for name, unit in units.items():
+            handles.append(unit.register_forward_pre_hook(self._before(name), prepend=True, with_kwargs=True))
+            handles.append(unit.register_forward_hook(self._behind(name), prepend=True, with_kwargs=True))
+            handles.append(unit.register_forward_hook(self._left, with_kwargs=True))
+        return [handle.remove for handle in handles]
+
+    # ---- recording
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # its local operations come here one by one
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        op = op_of(func, args, kwargs, result)
+        if op is not None:
+            self.trace.events.append(op)
+        if role := _ROLES_OF_ARGUMENTS.get(func.namespace):
+            for tensor in tree_iter((args, kwargs, result)):
+                if isinstance(tensor, Tensor):
+                    self._see(tensor, str(func))
+                    self.trace.roles.setdefault(self._numbers[_key(tensor)], role)
+        models = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+        if isinstance(result, (list, tuple)) and len(result) == len(models):
+            for tensor, model in zip(result, models, strict=True):
+                self._see(tensor, str(func), self._numbers.get(_key(model), -1))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._see(tensor, str(func))
+        return result
+
+    def __enter__(self) -> Tracer:
+        self._resize = torch.UntypedStorage.resize_
+
+        def resize(storage: torch.UntypedStorage, size: int) -> Any:
+            before = storage.nbytes()
+            self._resize(storage, size)
+            self._resized(storage, before, size)
+            return storage
+
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
+
+    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
+        local = _local(tensor)
+        storage = local.untyped_storage()
+        key = storage._cdata
+        if key in self._numbers:
+            return
+        number = self._next
+        self._next += 1
+        self._numbers[key] = number
+        self._alive[number] = weakref.ref(storage, lambda _: self._gone(key, number))
+        if nbytes := self._rounded(storage.nbytes()):
+            self.trace.events.append(Alloc(number, nbytes, op, like))
+
+    def _gone(self, key: int, number: int) -> None:
+        del self._numbers[key], self._alive[number]
+        self.trace.events.append(Free(number))
+
+    def _resized(self, storage: torch.UntypedStorage, before: int, size: int) -> None:
+        number = self._numbers.get(storage._cdata)
+        if number is None or before == size:
+            return
+        if before:
+            self.trace.events.append(Free(number))
+        if size:
+            self.trace.events.append(Alloc(number, self._rounded(size), "resize_"))
+        self.trace.roles.setdefault(number, "unsharded parameters")
+
+    def _rounded(self, nbytes: int) -> int:
+        return -(-nbytes // self.block_bytes) * self.block_bytes
+
+    # ---- parts
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.enter("forward", name)
+            for tensor in tree_iter((args, kwargs)):
+                if isinstance(tensor, Tensor) and tensor.requires_grad and not tensor.is_leaf:
+                    if self._output is None or tensor is not self._output():
+                        tensor.register_hook(lambda _: self.enter("backward", ""))
+                    return
+
+        return hook
+
+    def _behind(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            for tensor in tree_iter(result):
+                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                    tensor.register_hook(lambda _: self.enter("backward", name))
+                    self._output = weakref.ref(tensor)
+                    return
+
+        return hook
+
+    def _left(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+        """Behind all other hooks: FSDP frees a unit's whole parameters in one."""
+        self.enter("forward", "")
+
+
+_ROLES_OF_ARGUMENTS = {"c10d": "communication", "_c10d_functional": "communication"}
+"""Storages that go through collectives and are nothing else."""
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _key(tensor: Tensor) -> int:
+    return _local(tensor).untyped_storage()._cdata
+
+
+@contextmanager
+def traced(tracer: Tracer, units: dict[str, nn.Module]) -> Iterator[Trace]:
+    """Records what happens inside, cut by `units`."""
+    undo = tracer.watch(units)
+    try:
+        with tracer:
+            yield tracer.trace
+    finally:
+        for action in undo:
+            action()

@@ -1,0 +1,140 @@
+"""Each mechanism of the estimate against what is counted by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from estimation import rehearsal
+from estimation.allocator import replay
+from estimation.compute import Assumptions, compute_of
+from estimation.devices import NAMES, device_of
+from estimation.memory import memory_of
+from estimation.ops import Op
+from estimation.rehearsal import Rehearsal, rehearse
+from estimation.repeat import Periods
+from estimation.trace import Alloc, Free, Part, Trace
+from titan_lite.config.load import job_from_dict
+
+MIB = 2**20
+B, T, D, F, V = 2, 128, 128, 256, 512
+
+
+def tables(n_layers: int, **sections: Any) -> dict[str, Any]:
+    model = {"dim": D, "n_layers": n_layers, "vocab_size": V, "ffn": {"type": "glu", "hidden": F}}
+    model["attention"] = {"type": "gqa", "n_heads": 4, "n_kv_heads": 2, "head_dim": 32}
+    training = {"local_batch_size": B, "seq_len": T, "loss_chunk_tokens": 0, "mixed_precision_param": "float32"}
+    job: dict[str, Any] = {"model": model, "training": training, "activation_checkpoint": {"mode": "none"}}
+    for name, section in sections.items():
+        job[name] = job.get(name, {}) | section
+    return job
+
+
+def rehearsed(config: dict[str, Any], size: int = 1) -> Rehearsal:
+    return rehearse(job_from_dict(config, size, files=False), size, on_device=True)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}},
+        {"optimizer": {"implementation": "foreach"}, "training": {"global_batch_size": 32}},
+        {"parallelism": {"tensor_parallel_degree": 2}, "activation_checkpoint": {"mode": "full"}},
+    ],
+    ids=["every second", "foreach, accumulating", "tensor parallel, full"],
+)
+def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    """A trace of five layers or pairs, repeated, is the trace of all of them."""
+    config = tables(12, **sections)
+    short = rehearsed(config, 4)
+    monkeypatch.setattr(rehearsal, "_ways_to_repeat", lambda *_: [None])
+    whole = rehearsed(config, 4)
+    assert short.layers_traced < whole.layers_traced == 12
+    assert memory_of(short.trace).peak.total == memory_of(whole.trace).peak.total
+    assert _in_optimizer(short) == pytest.approx(_in_optimizer(whole), rel=0.01)
+    device = device_of("h100-80gb")
+    ours, theirs = (compute_of(each, device, Assumptions()) for each in (short, whole))
+    assert ours.flops == theirs.flops
+    assert ours.communication["dp_shard"].nbytes == pytest.approx(theirs.communication["dp_shard"].nbytes, rel=1e-3)
+    assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
+
+
+def _in_optimizer(found: Rehearsal) -> int:
+    """The most bytes while it steps."""
+    return max(moment.total for moment in memory_of(found.trace).timeline if moment.part.phase == "optimizer")
+
+
+def test_saved_activations_of_a_block():
+    """What is kept for backward, counted by hand, in float32."""
+    blocks = {mode: _saved({"mode": mode}) for mode in ("none", "full")}
+    x, kv, hidden, row = B * T * D * 4, B * T * 64 * 4, B * T * F * 4, B * T * 4
+    norm = x + row  # its result, which the matrices behind it keep, and one number per row
+    attention = x + 2 * kv + 2 * x + B * 4 * T * 4  # rotated q and k, v; the result, twice, and its log-sum-exp
+    # The stream between the branches, both norms, gate, its activation, up, and their product.
+    assert blocks["none"] == pytest.approx(x + x + 2 * norm + attention + 4 * hidden, rel=0.02)
+    assert blocks["full"] == x
+
+
+def _saved(checkpoint: dict[str, Any]) -> int:
+    """By the second block, behind whose input the first has ended."""
+    saved = memory_of(rehearsed(tables(3, activation_checkpoint=checkpoint)).trace).saved
+    return saved["stack.blocks.1"]
+
+
+def test_logits_of_a_dense_loss():
+    saved = memory_of(rehearsed(tables(2)).trace).saved
+    assert saved["head"] >= B * T * V * 4
+
+
+def test_collectives_of_sharded_layers():
+    """Each parameter is gathered for forward and backward, and its gradient reduced; what is not resharded, once."""
+    config = tables(3)
+    found = compute_of(rehearsed(config, 4), device_of("h100-80gb"), Assumptions())
+    block = (D * D * 2 + 2 * D * 64 + 3 * D * F + 2 * D) * 4
+    ends = 2 * V * D * 4 + D * 4
+    gathered = 2 * 3 * block + ends
+    reduced = 3 * block + ends
+    assert found.communication["dp_shard"].nbytes == pytest.approx(gathered + reduced, rel=1e-3)
+
+
+def test_a_collective_crosses_the_narrowest_link():
+    device, exact = device_of("h100-80gb"), Assumptions(latency_us=0.0, link_efficiency=1.0, data_parallel_overlap=0.0)
+    op = Op("all_gather_into_tensor", "collective", torch.float32, 0, 2**30, "g")
+    trace = Trace([op], [(0, Part("forward", "", 0))])
+
+    def seconds(**axes: int) -> float:
+        return compute_of(Rehearsal(trace, {"g": "dp_shard"}, axes, 1, 1, 1, 1), device, exact).seconds
+
+    assert seconds(dp_replicate=1, dp_shard=8) == pytest.approx(2**30 * 7 / 8 / 450e9)
+    assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
+    assert seconds(dp_replicate=1, dp_shard=16, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
+
+
+def test_allocator_rounds_up_and_reuses():
+    def reserved(events: list[Alloc | Free], expandable: bool = False) -> int:
+        return replay(events, expandable).reserved
+
+    assert reserved([Alloc(1, 512, "")]) == 2 * MIB
+    assert reserved([Alloc(1, 2 * MIB, "")]) == 20 * MIB
+    assert reserved([Alloc(1, 11 * MIB, "")]) == 12 * MIB
+    assert reserved([Alloc(1, 40 * MIB, ""), Free(1), Alloc(2, 40 * MIB, "")]) == 40 * MIB
+    grown = [Alloc(1, 40 * MIB, ""), Free(1), Alloc(2, 60 * MIB, "")]
+    assert reserved(grown) == 100 * MIB  # no free block is large enough, and none is given back
+    assert reserved(grown, expandable=True) == 60 * MIB
+
+
+def test_periods():
+    assert Periods.of("aaaa") is None
+    found = Periods.of("xababababababababz")
+    assert found is not None
+    assert (found.start, found.period, found.count, found.left_out) == (1, 2, 8, 6)
+    assert found.kept == [0, 1, 2, 3, 4, 5, 6, 13, 14, 15, 16, 17]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_devices(name: str):
+    device = device_of(name)
+    assert device.name == name
+    assert min(device.memory_gib, device.bf16, device.fp32, device.bandwidth, device.link) > 0
