@@ -33,7 +33,7 @@ def _even(value: int) -> int:
 
 
 class PEER(FFN):
-    """sum over heads and their top_k of N = n_keys^2 experts of g_i act(<u_i, x>) v_i, with g = softmax of the k scores.
+    """sum over heads and their top_k of N = n_keys^2 experts of g_i act(<u_i, x>) v_i, g = softmax of the k scores.
 
     Expert a n_keys + b scores q_1 . c_a + q_2 . c'_b, the query's halves against two tables of n_keys sub-keys: the k
     best of all N lie among the k x k sums of each half's k best. The rows u of all chosen experts exist at once, a
