@@ -21,7 +21,8 @@ CPU = torch.device("cpu")
 def measured_peak(tables: Mapping[str, Any], size: int) -> int:
     """Bytes, on this rank of `size`, in a step behind the first.
 
-    The least of a few steps: a thread of gloo sometimes holds a buffer longer than the step asks for.
+    The least of some steps: a thread of gloo holds the buffers of its last collective until it gets another one, which
+    the other thread may get.
     """
     job = job_from_dict(tables, size, files=False)
     precision = Precision.of(job, CPU)
@@ -38,7 +39,7 @@ def measured_peak(tables: Mapping[str, Any], size: int) -> int:
     states = [t for state in training.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)]
     memory = [t for slot in getattr(training.memory, "slots", {}).values() for t in slot.tensors().values()]
     at_rest = sum(local_bytes(t) for t in (*training.model.parameters(), *states, *memory))
-    peak = min(_peak(lambda i=i: step(training, batches, n_tokens, i)) for i in range(1, 4))
+    peak = min(_peak(lambda i=i: step(training, batches, n_tokens, i)) for i in range(1, 7))
     world.close()
     return at_rest + peak
 
