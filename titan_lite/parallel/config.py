@@ -187,7 +187,7 @@ class ActivationCheckpoint(ConfigBase):
         if self.offload and not has_cuda():
             yield "activation_checkpoint.offload has no effect: there is no CUDA device on this machine"
         if self.visualize_memory_budget_pareto and self.mode != "memory_budget":
-            yield '.visualize_memory_budget_pareto has no effect: mode is not "memory_budget"'
+            yield 'activation_checkpoint.visualize_memory_budget_pareto has no effect: mode is not "memory_budget"'
         layers = len(job.model.stack.executed(job.model.n_layers)) + len(job.model.mtp.weights())
         every = self.selective_ac_option
         if self.mode == "selective" and every != "op" and int(every) > layers:

@@ -247,7 +247,7 @@ def test_what_does_not_go_with_it(model: dict[str, Any], key: str, words: str) -
     ],
 )
 def test_what_does(model: dict[str, Any]) -> None:
-    job_from_dict({"model": {"dim": 32, "memory": XL} | model})
+    assert job_from_dict({"model": {"dim": 32, "memory": XL} | model}).model.memory.type == "xl"
 
 
 def test_a_scaling_must_reach_over_memory() -> None:

@@ -302,7 +302,9 @@ def test_a_model_without_admin_reads_nothing():
 
     for residual in ("post", CLOSED_FORM):
         _, training = build_tiny({"model": {"residual": residual}})
+        before = {name: parameter.clone() for name, parameter in training.model.named_parameters()}
         calibrate(training, never, never)
+        assert all(torch.equal(parameter, before[name]) for name, parameter in training.model.named_parameters())
 
 
 # ---- inside a run
