@@ -129,7 +129,7 @@ class GroupedAttention(HeadAttention):
         memory.leave(x, k, v, context.carry)
         q, k, v = self.position(q, k, v, memory, context.prepared[self.position.key])
         q = self.qk_norm.after_position(q)
-        k, v = self.registers(k, v, self.position, n_positions(k.shape[2], context.recalled))
+        k, v = self.registers(k, v, self.position, n_positions(context.row.size * k.shape[2], context.recalled))
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 
