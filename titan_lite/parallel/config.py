@@ -11,7 +11,7 @@ from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
-from titan_lite.parallel.deal import LoadBalancer, RotateMethod
+from titan_lite.parallel.deal import LoadBalancer, RotateMethod, row_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
 
 if TYPE_CHECKING:
@@ -110,6 +110,7 @@ class Parallelism(ConfigBase):
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
+        yield from row_problems(job)
 
 
 def _op_or_every_nth(value: str) -> str:

@@ -126,7 +126,7 @@ class WrittenOut:
         if part.positions is None:
             return capped, capped
         at, keys = around.positions[part.first :, None], part.positions[None, :]
-        documents = (None, None)
+        documents: tuple[Tensor | None, Tensor | None] = (None, None)
         if around.documents is not None:
             of_queries = around.documents[:, around.positions[part.first :]]
             documents = of_queries[:, None, :, None], around.documents[:, part.positions][:, None, None, :]

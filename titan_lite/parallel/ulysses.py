@@ -66,7 +66,7 @@ class Ulysses(Kernel):
         noise = None if context.noise is None else context.noise._replace(tokens=None)
         return context._replace(positions=positions, stream_positions=None, row=WHOLE, noise=noise)
 
-    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    def _to_heads(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of all heads and own tokens those of own heads and all tokens; of registers, which every rank has, too."""
         k, v = (x.repeat_interleave(max(1, self.row.size // x.shape[1]), dim=1) for x in (k, v))
         n = self.registers

@@ -55,7 +55,10 @@ class GroupedAttention(HeadAttention):
 
         def value_shape(self, dim: int) -> tuple[int, int]:
             """G and Dv of a model of this width."""
-            return self.n_kv_heads or self.n_heads, self.value_width(dim)
+            return self.groups(), self.value_width(dim)
+
+        def groups(self) -> int:
+            return self.n_kv_heads or self.n_heads
 
         def kept(self, dim: int) -> Kept:
             n_kv_heads, value_dim = self.value_shape(dim)

@@ -18,6 +18,7 @@ from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
+from titan_lite.parallel.deal import attention_problems
 from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
@@ -73,6 +74,10 @@ class HeadAttention(Attention):
             """Width Dv of values in a model of this width."""
             raise NotImplementedError
 
+        def groups(self) -> int:
+            """Key/value heads that the kernel computes with."""
+            return self.n_heads
+
         def kept(self, dim: int) -> Kept:
             """What a token leaves in a cache, in a model of this width."""
             raise NotImplementedError
@@ -98,6 +103,7 @@ class HeadAttention(Attention):
                 )
             yield from self.kernel.refusals(self, job.model.dim)
             yield from split_problems(job, ".n_heads", self.n_heads)
+            yield from attention_problems(self, job)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
             yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)

@@ -131,6 +131,8 @@ class Kernel(Module):
         """Why it drops no weights; empty = it does."""
         no_lse: ClassVar[str] = ""
         """Why it has no `with_lse`; empty = it has."""
+        no_parts: ClassVar[str] = ""
+        """Why results of parts of the keys cannot be merged, forward and backward; empty = they can."""
         skips: ClassVar[bool] = False
         """Whether it leaves out blocks of keys that no query of a block may see."""
 
