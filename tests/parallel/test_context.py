@@ -15,7 +15,7 @@ from titan_lite.generation import Sampling, generate
 from titan_lite.models.row import Row
 from titan_lite.parallel.fsdp import evaluating
 from titan_lite.parallel.ring import AllGather, AllToAll
-from titan_lite.parallel.row import SplitRow
+from titan_lite.parallel.row import SplitRow, ops
 
 GATHER = {"context_parallel_degree": 2}
 PASS = {"context_parallel_degree": 2, "context_parallel_rotate_method": "alltoall"}
@@ -118,8 +118,8 @@ def test_checkpoints_go_on_in_other_layouts(pool2: WorkerPool, pool4: WorkerPool
 
 def broken(sections: dict[str, Any], mutant: str) -> twins.Steps:
     with pytest.MonkeyPatch.context() as patch:
-        if mutant == "keys come from the wrong rank":
-            patch.setattr(AllToAll, "_seen", lambda self, kv, source: seen(self, kv, (source + 1) % 4))
+        if mutant == "keys go round the other way":
+            patch.setattr(SplitRow, "passing", passing_back)
         if mutant == "gradients of keys stay where they were made":
             patch.setattr(AllToAll, "_of_seen", lambda self, kv, source, of: 0 * of_seen(self, kv, source, of))
         if mutant == "a rank misses the tokens between its chunks":
@@ -131,15 +131,23 @@ def broken(sections: dict[str, Any], mutant: str) -> twins.Steps:
         return twins.steps(sections, 1)
 
 
-seen, of_seen, stretches, own = AllToAll._seen, AllToAll._of_seen, AllGather._stretches, SplitRow.own
+of_seen, stretches, own = AllToAll._of_seen, AllGather._stretches, SplitRow.own
+
+
+def passing_back(self: SplitRow, x: torch.Tensor) -> torch.Tensor:
+    """A ring of the wrong offset: -1 in place of 1."""
+    flat = x.contiguous().view(-1)
+    sent, received = [0] * self.size, [0] * self.size
+    sent[(self.rank - 1) % self.size] = received[(self.rank + 1) % self.size] = flat.numel()
+    return ops.all_to_all_single(flat, received, sent, self.group)
 
 
 @pytest.mark.parametrize(
     ("mutant", "ranks", "layout"),
     [
-        ("keys come from the wrong rank", 4, PASS | FOUR),
+        ("keys go round the other way", 4, PASS | FOUR),
         ("gradients of keys stay where they were made", 2, PASS),
-        ("a rank misses the tokens between its chunks", 2, GATHER),
+        ("a rank misses the tokens between its chunks", 4, GATHER | FOUR),
         ("positions are those of one rank", 2, ULYSSES),
         ("balance is of a rank's tokens", 2, ULYSSES),
     ],
