@@ -60,3 +60,35 @@ def coverings(folder: Path) -> dict[str, Covering]:
         level.name: EachOnce(known, lambda row: refused(row, known, folder)).run((METHOD.key, level.name))
         for level in METHOD.levels
     }
+
+
+@pytest.mark.parametrize(
+    ("method", "refused_too"),
+    [
+        # Not every score is a softmax, whose parts can be merged.
+        ("ring", {("model.attention.score", "elu"), ("model.attention.score", "relu2")}),
+        ("ulysses", set()),
+    ],
+)
+def test_only_what_cannot_be_spread_is_refused(
+    coverings: dict[str, Covering], method: str, refused_too: set[tuple[str, str]]
+) -> None:
+    """And what this machine lacks."""
+    impossible = {other for pair in coverings[method].impossible for other in pair if other[0] != METHOD.key}
+    assert impossible == ALWAYS_REFUSED | refused_too
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["ring", "ulysses"])
+def test_models_equal_those_of_one_process(
+    coverings: dict[str, Covering], folder: Path, pool2: WorkerPool, method: str
+) -> None:
+    known = known_factors()
+    failures = []
+    for row in coverings[method].rows:
+        tables = tables_of(row, known, folder)
+        spread = pool2.run(twins.steps, tables, timeout=200)[0]
+        del tables["parallelism"]
+        if found := twins.differences(twins.steps(tables), spread):
+            failures.append(f"{found[:5]}\n  in the model with {text_of(row)}")
+    assert not failures, "\n".join(failures)
