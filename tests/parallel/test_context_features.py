@@ -23,14 +23,24 @@ METHOD = Factor(
     (Level("ring", PASS, frozenset()), Level("ulysses", ULYSSES, frozenset())),
     frozenset(),
 )
-ALWAYS_REFUSED = {
+REFUSED = {
     ("model.attention.kernel", "flash_attn"),
     ("model.attention.kernel", "flex"),
     # It normalises over all tokens of a micro-batch, of which a rank has some.
     ("model.ffn.query_norm", "batch"),
     ("model.ffn.query_norm.decay", "default"),
     ("model.ffn.query_norm.decay", "0.1"),
+    # Rows leave their newest tokens to the next step, of which a rank has some.
+    *(("model.memory", memory) for memory in ("xl", "long_term")),
+    *((f"model.memory.{key}", value) for key in ("reset_on_bos", "recompute_kv") for value in ("default", "True")),
 }
+NO_SOFTMAX = {
+    *(("model.attention.score", score) for score in ("elu", "relu_squared")),
+    *(("model.attention.score.normalize", value) for value in ("default", "True")),
+}
+"""Parts of it cannot be merged: for Ulysses."""
+SHARDS = 2
+"""Tests over which the models are spread."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,39 +63,32 @@ def known_factors() -> dict[str, Factor]:
     return {key: factor for key, factor in factors().items() if key != "model.param_dtype"} | {METHOD.key: METHOD}
 
 
-@pytest.fixture(scope="module")
-def coverings(folder: Path) -> dict[str, Covering]:
+def covering_of(method: str, folder: Path) -> Covering:
     known = known_factors()
-    return {
-        level.name: EachOnce(known, lambda row: refused(row, known, folder)).run((METHOD.key, level.name))
-        for level in METHOD.levels
-    }
+    return EachOnce(known, lambda row: refused(row, known, folder)).run((METHOD.key, method))
 
 
-@pytest.mark.parametrize(
-    ("method", "refused_too"),
-    [
-        # Not every score is a softmax, whose parts can be merged.
-        ("ring", {("model.attention.score", "elu"), ("model.attention.score", "relu2")}),
-        ("ulysses", set()),
-    ],
-)
-def test_only_what_cannot_be_spread_is_refused(
-    coverings: dict[str, Covering], method: str, refused_too: set[tuple[str, str]]
-) -> None:
+@pytest.fixture(scope="module")
+def ring(folder: Path) -> Covering:
+    return covering_of("ring", folder)
+
+
+def refused_with(covering: Covering) -> set[tuple[str, str]]:
+    return {other for pair in covering.impossible for other in pair if other[0] != METHOD.key}
+
+
+def test_only_what_cannot_be_spread_is_refused(ring: Covering, folder: Path) -> None:
     """And what this machine lacks."""
-    impossible = {other for pair in coverings[method].impossible for other in pair if other[0] != METHOD.key}
-    assert impossible == ALWAYS_REFUSED | refused_too
+    assert refused_with(covering_of("ulysses", folder)) == REFUSED
+    assert refused_with(ring) == REFUSED | NO_SOFTMAX
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["ring", "ulysses"])
-def test_models_equal_those_of_one_process(
-    coverings: dict[str, Covering], folder: Path, pool2: WorkerPool, method: str
-) -> None:
+@pytest.mark.parametrize("shard", range(SHARDS))
+def test_models_equal_those_of_one_process(ring: Covering, folder: Path, pool2: WorkerPool, shard: int) -> None:
     known = known_factors()
     failures = []
-    for row in coverings[method].rows:
+    for row in ring.rows[shard::SHARDS]:
         tables = tables_of(row, known, folder)
         spread = pool2.run(twins.steps, tables, timeout=200)[0]
         del tables["parallelism"]
