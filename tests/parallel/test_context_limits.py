@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 
@@ -102,6 +103,14 @@ def test_what_does_not_go_is_refused(layout: dict[str, Any], sections: dict[str,
     assert set(found) == {key}
     assert "parallelism.context_parallel_" in found[key]
     assert allowed in found[key]
+
+
+def test_what_a_ring_computes_for_nothing_is_said() -> None:
+    model = SMALL | {"attention": {"n_heads": 4, "masks": ["causal", "document"]}}
+    for layout, said in ((RING, "context_parallel_method"), (ULYSSES, 'kernel = "auto"')):
+        job = job_from_dict({"model": model, "parallelism": layout})
+        (line,) = [notice for notice in notices(job, 2) if "mask hides" in notice]
+        assert said in line
 
 
 @pytest.mark.parametrize("kernel", ["flex", "flash_attn"])

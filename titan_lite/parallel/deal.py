@@ -41,6 +41,11 @@ def sharers(job: Job) -> int:
     return job.parallelism.context_parallel_degree
 
 
+def takes_rings(job: Job) -> bool:
+    """Whether keys and values of other ranks come to a rank's queries."""
+    return sharers(job) > 1 and job.parallelism.context_parallel_method == "ring"
+
+
 def row_problems(job: Job) -> Iterator[Problem]:
     """What stands between the job and its context-parallel degree, beside what tables of the model say themselves."""
     if sharers(job) == 1:
@@ -80,7 +85,7 @@ def attention_problems(attention: HeadAttention.Config, job: Job) -> Iterable[Pr
     """What of an attention does not go with context parallelism. Keys are relative to it."""
     if sharers(job) == 1:
         return ()
-    return (_of_ulysses if job.parallelism.context_parallel_method == "ulysses" else _of_ring)(attention, job)
+    return (_of_ring if takes_rings(job) else _of_ulysses)(attention, job)
 
 
 def _of_ring(attention: HeadAttention.Config, job: Job) -> Iterator[Problem]:

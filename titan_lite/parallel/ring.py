@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from titan_lite.models.attention.kernel import SDPA, Kernel, Scoring
+from titan_lite.models.attention.kernel import SDPA, Eager, Kernel, Scoring
+from titan_lite.models.attention.kernel.base import type_of
 from titan_lite.models.context import Context
 from titan_lite.models.dropout import Dropout, Noise
 from titan_lite.parallel.deal import RotateMethod
@@ -168,7 +169,8 @@ class Ring(Kernel):
         self.key = f"ring {alone.key}"
 
     def acting(self, device: torch.device, n_queries: int, n_keys: int) -> str:
-        return self.alone.acting(device, n_queries, n_keys)
+        flash = self.fused and self.scoring.only_causal(n_keys, documents=True)
+        return type_of(SDPA.Config if flash else Eager.Config)
 
     def prepare(self, context: Context) -> Any:
         return self.alone.prepare(context) if context.row.size == 1 else None

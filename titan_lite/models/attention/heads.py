@@ -12,13 +12,14 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt, Probability
 from titan_lite.models.attention.base import Attention
 from titan_lite.models.attention.gate import Gate, NoGate
 from titan_lite.models.attention.kernel import Auto, Kernel, PreparedKernel, Scoring
+from titan_lite.models.attention.kernel.base import WASTE, hides_some
 from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.registers import NoRegisters, Registers
 from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
-from titan_lite.parallel.deal import attention_problems
+from titan_lite.parallel.deal import METHOD, attention_problems, takes_rings
 from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
@@ -106,7 +107,10 @@ class HeadAttention(Attention):
             yield from attention_problems(self, job)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-            yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
+            if not takes_rings(job):
+                yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
+            elif hides_some(self, job.training.seq_len):
+                yield f'{METHOD} = "ring" {WASTE}; with "ulysses", kernels that leave them out do so'
 
     def attend_with(self, config: Config, dim: int, linear: Linear.Config, turned: int, kept: Kept) -> None:
         """Makes the parts that the config chooses.
