@@ -99,11 +99,11 @@ def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
 
 def _collective_seconds(op: Op, axis: str, axes: Mapping[str, int], device: Device, assumed: Assumptions) -> float:
     """Alpha and beta: a start for each doubling of the ranks, then bytes over the narrowest link they cross."""
-    names = list(axes)
-    size = axes.get(axis, math.prod(axes.values()))
+    names, over = list(axes), axis.split("+")
+    size = math.prod(axes[name] for name in over if name in axes) if over[0] in axes else math.prod(axes.values())
     if size == 1:
         return 0.0
-    stride = math.prod(axes[name] for name in names[names.index(axis) + 1 :]) if axis in axes else 1
+    stride = math.prod(axes[name] for name in names[names.index(over[-1]) + 1 :]) if over[-1] in axes else 1
     passes = 2 if "reduce" in op.name and "scatter" not in op.name else 1
     nbytes = passes * op.nbytes * (size - 1) / size
     rate = device.link

@@ -204,6 +204,9 @@ def _not_modelled(job: Job, model: Transformer, device: Device) -> Iterator[str]
         yield f"model.converters = {', '.join(job.model.converters)}: counts as not converted"
     if isinstance(job.model.stack, RecurrentStack.Config):
         yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
+    layout = job.parallelism
+    if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
+        yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
     if not device.is_cpu and _has_other_kernels(job, model):
         yield (
             'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '

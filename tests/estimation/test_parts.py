@@ -99,17 +99,28 @@ def test_collectives_of_sharded_layers():
     assert found.communication["dp_shard"].nbytes == pytest.approx(gathered + reduced, rel=1e-3)
 
 
+def test_keys_and_values_that_are_passed_round():
+    """Forward and backward, and in backward their gradients; parameters are sharded over these ranks, too."""
+    n, layers = 4, 2
+    layout = {"context_parallel_degree": n, "context_parallel_rotate_method": "alltoall"}
+    found = compute_of(rehearsed(tables(layers, parallelism=layout), 8), device_of("h100-80gb"), Assumptions())
+    assert found.communication["cp"].count == layers * 3 * (n - 1)
+    assert found.communication["cp"].nbytes == layers * 3 * (n - 1) * B * (T // n) * 2 * 64 * 4
+    assert found.communication["dp_shard+cp"].nbytes > 0
+
+
 def test_a_collective_crosses_the_narrowest_link():
     device, exact = device_of("h100-80gb"), Assumptions(latency_us=0.0, link_efficiency=1.0, data_parallel_overlap=0.0)
     op = Op("all_gather_into_tensor", "collective", torch.float32, 0, 2**30, "g")
     trace = Trace([op], [(0, Part("forward", "", 0))])
 
-    def seconds(**axes: int) -> float:
-        return compute_of(Rehearsal(trace, {"g": "dp_shard"}, axes, 1, 1, 1, 1), device, exact).seconds
+    def seconds(over: str = "dp_shard", **axes: int) -> float:
+        return compute_of(Rehearsal(trace, {"g": over}, axes, 1, 1, 1, 1), device, exact).seconds
 
     assert seconds(dp_replicate=1, dp_shard=8) == pytest.approx(2**30 * 7 / 8 / 450e9)
     assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
     assert seconds(dp_replicate=1, dp_shard=16, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
+    assert seconds("dp_shard+cp", dp_replicate=1, dp_shard=8, cp=2, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
 
 
 def test_allocator_rounds_up_and_reuses():

@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: float8, tensor parallel, checkpointing, compile, FSDP."""
+"""The one order in which a model is changed, in place: float8, tensor, context, checkpointing, compile, FSDP."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing, draw_memory_budgets
 from titan_lite.parallel.compile import compile_blocks
+from titan_lite.parallel.context import apply_context_parallel
 from titan_lite.parallel.float8 import convert_linears
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import sharding_mesh
@@ -30,6 +31,9 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
         apply_tensor_parallel(model, axes[precision.master], axes)
         if job.parallelism.enable_async_tensor_parallel:
             overlap(axes[precision.master])
+    if world.cp_size > 1:
+        assert world.mesh is not None
+        apply_context_parallel(model, world.mesh["cp"], job.parallelism)
     apply_activation_checkpointing(model, job.activation_checkpoint)
     draw_memory_budgets(job.activation_checkpoint, Path(job.job.dump_folder))
     compile_blocks(model, job.compile)

@@ -11,6 +11,7 @@ from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
+from titan_lite.parallel.deal import LoadBalancer, RotateMethod, row_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 
 _NOT_YET = (
     "pipeline_parallel_degree",
-    "context_parallel_degree",
     "expert_parallel_degree",
     "expert_tensor_parallel_degree",
 )
@@ -73,11 +73,16 @@ class Parallelism(ConfigBase):
     pipeline_parallel_expert_parallel_overlap: bool = True
     """Overlap expert communication with pipeline computation where the schedule can."""
     context_parallel_degree: PositiveInt = 1
-    """Ranks over which each sequence is split."""
-    context_parallel_load_balancer: str = "headtail"
-    """How tokens are dealt to ranks so that causal attention costs each the same."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """Collective that passes keys and values round."""
+    """Ranks over which each row's tokens are split: twice this number divides seq_len."""
+    context_parallel_method: Literal["ring", "ulysses"] = "ring"
+    """How attention sees the tokens of other ranks: their keys and values come to its queries (ring), or all tokens of
+    a part of the heads meet on one rank (ulysses), for any score and kernel."""
+    context_parallel_load_balancer: LoadBalancer = "headtail"
+    """Which tokens a rank has: a chunk from the front of the row and one from its back, so that causal attention costs
+    each the same (headtail), or the next ones (none)."""
+    context_parallel_rotate_method: RotateMethod = "allgather"
+    """How keys and values come to a ring's queries: all at once (allgather), or from rank to rank, so that those of one
+    other rank are there at a time (alltoall)."""
     expert_parallel_degree: PositiveInt = 1
     """Ranks over which experts are spread."""
     expert_tensor_parallel_degree: PositiveInt = 1
@@ -105,6 +110,7 @@ class Parallelism(ConfigBase):
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
+        yield from row_problems(job)
 
 
 def _op_or_every_nth(value: str) -> str:

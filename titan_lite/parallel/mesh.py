@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +12,9 @@ from titan_lite.parallel.config import Parallelism
 
 SHARDS = "dp_shard_cp"
 """The axes dp_shard and cp as one: ranks that see different tokens, over which FSDP shards."""
+
+# FSDP wants replicas and shards as one mesh of two axes, and there is no other way to it yet.
+warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
 
 
 def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False) -> DeviceMesh:

@@ -22,6 +22,7 @@ from titan_lite.models.ffn.moe.router import Router, Routing, SoftmaxRouter
 from titan_lite.models.ffn.moe.tally import Tally
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
+from titan_lite.models.row import Row
 from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
@@ -90,13 +91,13 @@ class MoE(FFN):
         routing = self.router(tokens, self.offset())
         if context.token_weight is not None:
             self.tally.add(routing.experts)
-            tokens = self.balanced(tokens, routing, len(x), context.token_weight)
+            tokens = self.balanced(tokens, routing, len(x), context.token_weight, context.row)
         return self.shared(self.routed(tokens, routing).view_as(x), x, context)
 
-    def balanced(self, tokens: Tensor, routing: Routing, n_rows: int, token_weight: Tensor) -> Tensor:
+    def balanced(self, tokens: Tensor, routing: Routing, n_rows: int, token_weight: Tensor, row: Row) -> Tensor:
         """The tokens, carrying the balancing losses."""
         for balance in self.balance:
-            tokens = add_loss(tokens, cast(Balance, balance).loss(routing, n_rows) * token_weight)
+            tokens = add_loss(tokens, cast(Balance, balance).loss(routing, n_rows, row) * token_weight)
         return tokens
 
     def after_step(self, total: Total) -> None:
