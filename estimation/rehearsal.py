@@ -233,7 +233,7 @@ def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
 
 def _groups(world: FakeWorld) -> dict[str, str]:
     found: dict[str, str] = {}
-    for mesh in (world.mesh, world.second_mesh):
+    for mesh in (world.mesh, world.second_mesh, *world.expert_meshes):
         for axis in () if mesh is None else mesh.mesh_dim_names or ():
             assert mesh is not None
             found[mesh.get_group(axis).group_name] = axis

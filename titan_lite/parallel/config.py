@@ -22,8 +22,6 @@ _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 _NOT_YET = (
     "pipeline_parallel_degree",
     "context_parallel_degree",
-    "expert_parallel_degree",
-    "expert_tensor_parallel_degree",
 )
 
 
@@ -79,11 +77,23 @@ class Parallelism(ConfigBase):
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """Collective that passes keys and values round."""
     expert_parallel_degree: PositiveInt = 1
-    """Ranks over which experts are spread."""
+    """Ranks over which experts are spread; tokens travel to theirs and back. No factor of the world size: they are ranks
+    of data_parallel_shard_degree x context_parallel_degree, the nearest ones first, and of tensor_parallel_degree too
+    where that does not split each expert."""
     expert_tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which each expert is split."""
+    """Ranks over which each expert is split: tensor_parallel_degree, or 1 = none."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Library that moves tokens to experts."""
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether ranks have different experts, or parts of them."""
+        return self.expert_parallel_degree > 1 or self.expert_tensor_parallel_degree > 1
+
+    def token_ranks(self, shard_degree: int) -> int:
+        """Ranks of one replica that have tokens of their own where the experts are: `ep` takes some of them."""
+        tensor = 1 if self.expert_tensor_parallel_degree > 1 else self.tensor_parallel_degree
+        return shard_degree * self.context_parallel_degree * tensor
 
     @property
     def model_parallel_degree(self) -> int:

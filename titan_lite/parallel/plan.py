@@ -40,6 +40,11 @@ Plan: TypeAlias = Mapping[str, Style]
 """{child or parameter: style}; "" is the module itself."""
 
 
+ExpertPlan: TypeAlias = Mapping[str, int | None]
+"""{parameter: dimension} of what each expert has for itself: rows of the first dimension. Where ranks split each expert
+too, it is along the other `dimension`; None = each has all of it, and adds its share."""
+
+
 def heads(n: int) -> Style:
     """`COL` for what belongs to n heads."""
     return replace(COL, groups=n)

@@ -14,6 +14,7 @@ from titan_lite.config.fields import Count, PositiveInt
 from titan_lite.models.aux_loss import add_loss
 from titan_lite.models.context import Context
 from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.dispatch import HERE, Dispatch, inverse
 from titan_lite.models.ffn.glu import GLU
 from titan_lite.models.ffn.moe.balance import Balance
 from titan_lite.models.ffn.moe.experts import Experts, GLUExperts
@@ -84,6 +85,10 @@ class MoE(FFN):
         self.balance = nn.ModuleList(balance.build() for balance in config.balance)
         self.shared = SharedExperts(dim, config.shared_hidden, linear) if config.shared_hidden else NoSharedExperts()
         self.tally = Tally(config.n_experts)
+        self.dispatch = HERE
+
+    def spread(self, dispatch: Dispatch) -> None:
+        self.dispatch = dispatch
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, D)
@@ -110,15 +115,18 @@ class MoE(FFN):
 
     def routed(self, tokens: Tensor, routing: Routing) -> Tensor:
         """What the chosen experts make of tokens (N, D): weighted outputs, added for each token."""
-        N, k = routing.experts.shape
-        expert, order = routing.experts.flatten().sort(stable=True)  # (N k)
+        sharers = self.dispatch.sharers
+        parts = (tokens, routing.experts, routing.weights)
+        tokens, experts, weights = (sharers.gather(part[None], self.training)[0] for part in parts)
+        N, k = experts.shape
+        expert, order = experts.flatten().sort(stable=True)  # (N k)
         numbers = torch.arange(routing.logits.shape[-1], device=tokens.device)
         # Nothing here reads a number back from the device: how many tokens each expert has stays there.
         ends = torch.searchsorted(expert, numbers, right=True, out_int32=True)
-        y = self.experts(tokens[order // k], ends)  # (N k, D), sorted by expert
-        back = torch.empty_like(order).scatter_(0, order, torch.arange(N * k, device=order.device))
-        y = y[back].view(N, k, -1)
-        return (y * routing.weights[..., None].to(y.dtype)).sum(1)
+        y = self.dispatch.run(self.experts, tokens[order // k], ends)  # (N k, D), sorted by expert
+        y = y[inverse(order)].view(N, k, -1)
+        y = (y * weights[..., None].to(y.dtype)).sum(1)
+        return sharers.reduce(y[None], self.training)[0]
 
 
 class SharedExperts(nn.Module):
