@@ -11,6 +11,7 @@ from titan_lite.config.component import ConfigBase
 from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
+from titan_lite.parallel.expert_limits import expert_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
 
 if TYPE_CHECKING:
@@ -77,9 +78,9 @@ class Parallelism(ConfigBase):
     context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
     """Collective that passes keys and values round."""
     expert_parallel_degree: PositiveInt = 1
-    """Ranks over which experts are spread; tokens travel to theirs and back. No factor of the world size: they are ranks
-    of data_parallel_shard_degree x context_parallel_degree, the nearest ones first, and of tensor_parallel_degree too
-    where that does not split each expert."""
+    """Ranks over which experts are spread; tokens travel to theirs and back. No factor of the world size: they are the
+    nearest ranks of data_parallel_shard_degree x context_parallel_degree, and of tensor_parallel_degree too where that
+    does not split each expert."""
     expert_tensor_parallel_degree: PositiveInt = 1
     """Ranks over which each expert is split: tensor_parallel_degree, or 1 = none."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
@@ -115,6 +116,7 @@ class Parallelism(ConfigBase):
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
+        yield from expert_problems(job, world_size)
 
 
 def _op_or_every_nth(value: str) -> str:

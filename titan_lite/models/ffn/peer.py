@@ -21,7 +21,7 @@ from titan_lite.models.ffn.query_norm import QueryNorm, RMSQueryNorm
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
 from titan_lite.models.spec import Spec
-from titan_lite.parallel.plan import SEQ, ExpertPlan, Plan
+from titan_lite.parallel.plan import EXPERT_DEGREE, SEQ, SPLIT_DEGREE, ExpertPlan, Plan, spread_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -43,6 +43,7 @@ class PEER(FFN):
 
     class Config(FFN.Config):
         type: Literal["peer"] = "peer"
+        has_experts: ClassVar[bool] = True
         n_keys: PositiveInt = 128
         """Sub-keys per half; there are n_keys^2 experts."""
         n_heads: PositiveInt = 8
@@ -59,6 +60,10 @@ class PEER(FFN):
         """Of each expert's neuron."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            yield from spread_problems(job, ".n_keys", self.n_keys, self.n_keys**2)
+            if (parts := job.parallelism.expert_tensor_parallel_degree) > 1:
+                why = "splits each expert over ranks, and those of PEER are of one neuron"
+                yield Problem(CROSS_FIELD, SPLIT_DEGREE, why, parts, f"1, with any {EXPERT_DEGREE}")
             if self.top_k > self.n_keys**2:
                 why = f"is more than there are experts with n_keys = {self.n_keys}"
                 yield Problem(CROSS_FIELD, ".top_k", why, self.top_k, f"1 to {self.n_keys**2}")

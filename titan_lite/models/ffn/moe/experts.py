@@ -17,7 +17,7 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
-from titan_lite.parallel.plan import ExpertPlan
+from titan_lite.parallel.plan import SPLIT_DEGREE, ExpertPlan, divisors, nearest
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -44,6 +44,14 @@ class Experts(OnTokens):
         """Biases on all three matrices."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            parts = job.parallelism.expert_tensor_parallel_degree
+            if self.hidden % (ALIGNED * parts):
+                why = f"is split over ranks, and {SPLIT_DEGREE} = {parts} does not cut it into multiples of {ALIGNED}, "
+                why += "which the grouped product wants"
+                legal = (
+                    f"{nearest(self.hidden, ALIGNED * parts)}, or {SPLIT_DEGREE} = {divisors(self.hidden // ALIGNED)}"
+                )
+                yield Problem(CROSS_FIELD, ".hidden", why, self.hidden, legal)
             if job.model.dim % ALIGNED:
                 why = (
                     f"does not work with model.dim = {job.model.dim}: the grouped product wants a multiple of {ALIGNED}"

@@ -23,7 +23,7 @@ from titan_lite.models.ffn.moe.router import Router, Routing, SoftmaxRouter
 from titan_lite.models.ffn.moe.tally import Tally
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
-from titan_lite.parallel.plan import split_problems
+from titan_lite.parallel.plan import split_problems, spread_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -37,6 +37,7 @@ class MoE(FFN):
 
     class Config(FFN.Config):
         type: Literal["moe"] = "moe"
+        has_experts: ClassVar[bool] = True
         n_experts: PositiveInt = 8
         """Routed experts E."""
         top_k: PositiveInt = 2
@@ -54,11 +55,18 @@ class MoE(FFN):
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from split_problems(job, ".shared_hidden", self.shared_hidden)
+            yield from spread_problems(job, ".n_experts", self.n_experts, self.n_experts)
             if self.top_k > self.n_experts:
                 why = f"is more than n_experts = {self.n_experts}"
                 yield Problem(CROSS_FIELD, ".top_k", why, self.top_k, f"1 to {self.n_experts}")
             else:
                 yield from self._problems_of_groups()
+
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            choices = job.training.seq_len * self.top_k
+            if job.debug.moe_force_load_balance and choices % self.n_experts:
+                what = "with debug.moe_force_load_balance some experts get a token more of each row than others"
+                yield f".n_experts = {self.n_experts} does not divide the {choices} choices of a row: {what}"
 
         def _problems_of_groups(self) -> Iterable[Problem]:
             groups, top = self.router.n_groups, self.router.top_groups
@@ -75,6 +83,8 @@ class MoE(FFN):
                 yield Problem(CROSS_FIELD, ".router.top_groups", why, top, f"{-(-k * groups // E)} to {groups}")
 
     weighs_tokens: ClassVar[bool] = True
+    evenly: bool = False
+    """For timing: tokens go to experts in turn and not to those with the best scores, which still weigh them."""
 
     def __init__(self, config: Config, dim: int, linear: Linear.Config):
         super().__init__()
@@ -92,11 +102,17 @@ class MoE(FFN):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         tokens = x.flatten(0, 1)  # (N, D)
-        routing = self.router(tokens, self.offset())
+        given = self.in_turn(context.own_positions).repeat(len(x), 1) if self.evenly else None
+        routing = self.router(tokens, self.offset(), given)
         if context.token_weight is not None:
             self.tally.add(routing.experts)
             tokens = self.balanced(tokens, routing, len(x), context.token_weight)
         return self.shared(self.routed(tokens, routing).view_as(x), x, context)
+
+    def in_turn(self, positions: Tensor) -> Tensor:
+        """Experts (T, k) of tokens at these positions, whatever the layout: k after k, so that all get equally many."""
+        k, E = self.router.top_k, self.router.n_experts
+        return (positions[:, None] * k + torch.arange(k, device=positions.device)) % E
 
     def balanced(self, tokens: Tensor, routing: Routing, n_rows: int, token_weight: Tensor) -> Tensor:
         """The tokens, carrying the balancing losses."""
@@ -127,6 +143,13 @@ class MoE(FFN):
         y = y[inverse(order)].view(N, k, -1)
         y = (y * weights[..., None].to(y.dtype)).sum(1)
         return sharers.reduce(y[None], self.training)[0]
+
+
+def route_evenly(model: nn.Module) -> None:
+    """Makes all routers of a model send each expert equally many tokens."""
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.evenly = True
 
 
 class SharedExperts(nn.Module):
