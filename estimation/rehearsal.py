@@ -46,6 +46,8 @@ class Rehearsal:
     """Process group of a collective -> the mesh's axes it runs over, joined by "+"."""
     axes: dict[str, int]
     """Sizes of the mesh's axes; nothing without a mesh."""
+    expert_axes: dict[str, int]
+    """Those of the mesh for experts; nothing where they are not spread over ranks."""
     tokens: int
     """This rank's tokens in the step."""
     middle: int
@@ -142,7 +144,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers)
+    return Rehearsal(trace, groups, world.axes, world.expert_axes, tokens, middle, traced_layers, layers)
 
 
 def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:

@@ -143,9 +143,15 @@ def _by_group(
     def place(parameter: nn.Parameter) -> ShardPlacementResult:
         of_experts = isinstance(parameter, DTensor) and "ep" in (parameter.device_mesh.mesh_dim_names or ())
         found = infos[parameter.dtype, of_experts]
-        return ShardPlacementResult(Shard(0), found)
+        return ShardPlacementResult(Shard(_even_dim(parameter, found.shard_mesh_size) if of_experts else 0), found)
 
     return place
+
+
+def _even_dim(parameter: nn.Parameter, parts: int) -> int:
+    """The first dimension of a rank's experts that is cut into equal parts: they may be fewer than these. Else 0."""
+    assert isinstance(parameter, DTensor)
+    return next((dim for dim, size in enumerate(parameter.to_local().shape) if size % parts == 0), 0)
 
 
 @contextmanager

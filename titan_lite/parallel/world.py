@@ -131,6 +131,15 @@ class World:
         """The mesh's axes and their sizes; nothing without a mesh."""
         return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
 
+    @property
+    def expert_axes(self) -> dict[str, int]:
+        """Those of the mesh for experts; nothing where they are not spread over ranks."""
+        return {
+            axis: size
+            for mesh in self.expert_meshes[:1]
+            for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+        }
+
     def axis_size(self, name: str) -> int:
         """Ranks along an axis of the mesh; 1 where there is none."""
         return self.axes.get(name, 1)
@@ -157,7 +166,7 @@ class World:
     @property
     def ep_size(self) -> int:
         """Ranks over which experts are spread."""
-        return self.expert_meshes[0]["ep"].size() if self.expert_meshes else 1
+        return self.expert_axes.get("ep", 1)
 
     @property
     def stages(self) -> DeviceMesh | None:
