@@ -41,6 +41,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "within tensor ranks": (4, EP2 | TP2, CLAMPED, {}),
     "split experts": (4, EP2 | ETP2, CLAMPED, {}),
     "split experts alone": (4, ETP2, FULL, {}),
+    "compiled split experts": (4, EP2 | ETP2, CLAMPED, COMPILED),
     "one-neuron experts": (4, EP2, PEER, {}),
     "one-neuron experts on tensor ranks": (4, EP4 | TP2, PEER, {}),
     "recomputed": (2, EP2, CLAMPED, {"activation_checkpoint": {"mode": "full"}}),
@@ -63,17 +64,13 @@ def test_equals_one_process(name: str, pool2: WorkerPool, pool4: WorkerPool) -> 
         assert not twins.differences(one, several)
 
 
-def test_compiled_split_experts(pool4: WorkerPool) -> None:
-    """One layer of them: tracing is slow."""
-    model = {"ffn": CLAMPED, "n_layers": 1}
-    one = twins.steps(tables(model=model))
-    for several in pool4.run(twins.steps, tables(model=model, parallelism=EP2 | ETP2, **COMPILED), timeout=200):
-        assert not twins.differences(one, several)
-
-
-def test_parameters_of_two_dtypes(pool2: WorkerPool) -> None:
-    """They have meshes of their own; against FSDP alone, since one process does not mix dtypes."""
-    model = {"ffn": CLAMPED, "param_dtype": {"bias": "bfloat16"}}
+@pytest.mark.parametrize(
+    "model",
+    [{"ffn": CLAMPED, "param_dtype": {"bias": "bfloat16"}}, {"ffn": PEER | {"query_norm": "batch"}}],
+    ids=["parameters of two dtypes", "normalised over a micro-batch"],
+)
+def test_equals_fsdp(model: dict[str, Any], pool2: WorkerPool) -> None:
+    """Where one process does another thing: it does not mix dtypes, and has other micro-batches."""
     sharded, spread = (pool2.run(twins.steps, tables(model=model, parallelism=p), timeout=200)[0] for p in ({}, EP2))
     torch.testing.assert_close(spread.losses, sharded.losses, rtol=twins.RTOL, atol=0)
     torch.testing.assert_close(spread.norms, sharded.norms, rtol=twins.RTOL, atol=0)
