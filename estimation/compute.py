@@ -31,7 +31,7 @@ class Assumptions(ConfigBase):
     data_parallel_overlap: float = 1.0
     """Share of data-parallel communication that runs beside computation, as long as there is any."""
     tensor_parallel_overlap: float = 0.0
-    """Share of tensor-parallel communication that does."""
+    """Share of tensor-parallel and expert-parallel communication that does."""
     outside_allocator_gib: float = 1.5
     """CUDA context, kernels' workspaces and NCCL buffers, outside of torch's allocator; none on a CPU."""
 
@@ -73,22 +73,25 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
             times = rehearsal.middle if micro_batch == 2 else 1
             if op.kind == "collective":
                 axis = rehearsal.groups.get(op.group, "world")
-                seconds = times * _collective_seconds(op, axis, rehearsal.axes, device, assumed)
+                of_experts = axis in rehearsal.expert_axes and axis not in rehearsal.axes
+                axes = rehearsal.expert_axes if of_experts else rehearsal.axes
+                seconds = times * _collective_seconds(op, axis, axes, device, assumed)
                 so_far = moved.get(axis, Axis(0, 0, 0.0))
                 moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
                 phases[part.phase] += times * op.flops
                 kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
     kinds.pop(NEXT_MICRO_BATCH.kind, None)
-    axes = dict(sorted(moved.items()))
+    moved = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
-    for name, axis_ in axes.items():
-        overlap: float = assumed.tensor_parallel_overlap if name == "tp" else assumed.data_parallel_overlap
+    for name, axis_ in moved.items():
+        waited_for = name in ("tp", "ep", "etp")
+        overlap: float = assumed.tensor_parallel_overlap if waited_for else assumed.data_parallel_overlap
         hidden = min(axis_.seconds * overlap, left)
         left -= hidden
         total += axis_.seconds - hidden
-    return Compute(total, kinds, sum(phases.values()), dict(phases), axes)
+    return Compute(total, kinds, sum(phases.values()), dict(phases), moved)
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:

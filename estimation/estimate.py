@@ -202,6 +202,8 @@ def _not_modelled(job: Job, model: Transformer, device: Device) -> Iterator[str]
     yield from _less_than_counted(job)
     if job.model.converters:
         yield f"model.converters = {', '.join(job.model.converters)}: counts as not converted"
+    if job.parallelism.spreads_experts:
+        yield "routing: every expert gets equally many tokens; a busier one makes its rank slower, and fuller"
     if isinstance(job.model.stack, RecurrentStack.Config):
         yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
     layout = job.parallelism

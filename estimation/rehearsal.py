@@ -47,6 +47,8 @@ class Rehearsal:
     """Process group of a collective -> the mesh's axes it runs over, joined by "+"."""
     axes: dict[str, int]
     """Sizes of the mesh's axes; nothing without a mesh."""
+    expert_axes: dict[str, int]
+    """Those of the mesh for experts; nothing where they are not spread over ranks."""
     tokens: int
     """This rank's tokens in the step."""
     middle: int
@@ -143,7 +145,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers)
+    return Rehearsal(trace, groups, world.axes, world.expert_axes, tokens, middle, traced_layers, layers)
 
 
 def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
@@ -234,7 +236,7 @@ def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
 
 def _groups(world: FakeWorld) -> dict[str, str]:
     found: dict[str, str] = {}
-    for mesh in (world.mesh, world.second_mesh):
+    for mesh in (world.mesh, world.second_mesh, *world.expert_meshes):
         for axis in () if mesh is None else mesh.mesh_dim_names or ():
             assert mesh is not None
             found[mesh.get_group(axis).group_name] = axis

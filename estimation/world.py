@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from titan_lite.parallel.mesh import make_mesh
+from titan_lite.parallel.mesh import make_expert_mesh, make_mesh
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 
@@ -36,6 +36,9 @@ class FakeWorld(World):
         self.inside.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         super().materialize(model, device)
 
+    def read(self, numbers: Tensor, likely: Sequence[int]) -> list[int]:
+        return list(likely)
+
     def total(self, *values: float) -> list[float]:
         return [value * self.dp_size for value in values]
 
@@ -53,7 +56,9 @@ def fake_world(job: Job, precision: Precision, size: int) -> Iterator[FakeWorld]
         try:
             mesh = make_mesh(job.parallelism, size, device.type)
             second = make_mesh(job.parallelism, size, device.type, True) if len(precision.masters) > 1 else None
-            yield FakeWorld(0, size, device, mesh, second_mesh=second, inside=inside)
+            own_groups = (False, True) if second else (False,)
+            of_experts = filter(None, (make_expert_mesh(job.parallelism, size, device.type, o) for o in own_groups))
+            yield FakeWorld(0, size, device, mesh, second_mesh=second, expert_meshes=tuple(of_experts), inside=inside)
         finally:
             inside.close()
             dist.destroy_process_group()

@@ -13,6 +13,7 @@ from torch import Tensor
 from titan_lite.models.aux_loss import no_token_weight, token_weight, weighs_tokens
 from titan_lite.models.context import Iterations, Memory, TrainingFacts
 from titan_lite.models.dropout import Noise, drops, no_noise
+from titan_lite.models.ffn.moe import route_evenly
 from titan_lite.models.flops import relative_flops
 from titan_lite.models.init import initialize
 from titan_lite.models.memory import LaneMemory
@@ -102,6 +103,8 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     with torch.device("meta"):
         model: Transformer = job.model.build(vocab_size=vocab_size)
     specs = collect_specs(model)
+    if job.debug.moe_force_load_balance:
+        route_evenly(model)
     precision.store(model, specs)
     parallelize(model, job, world, precision)
     if not blank:

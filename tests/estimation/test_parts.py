@@ -61,6 +61,17 @@ def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest
     assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
 
 
+def test_experts_over_ranks():
+    """Tokens, spread evenly, travel over the `ep` axis four times a layer, and their numbers once."""
+    config = tables(12, parallelism={"expert_parallel_degree": 8, "tensor_parallel_degree": 2})
+    config["model"]["ffn"] = {"type": "moe", "n_experts": 32, "top_k": 4, "experts": {"hidden": 64}}
+    found = rehearsed(config, 64)
+    assert found.expert_axes == {"dp_replicate": 1, "dp_shard_mod_ep": 8, "ep": 8}
+    moved = compute_of(found, device_of("h100-80gb"), Assumptions()).communication["ep"]
+    assert moved.count == 12 * 5 + 1  # the last one adds up the norms of gradients, a few bytes
+    assert moved.nbytes == pytest.approx(12 * (4 * (B * T // 2) * 4 * D * 4 + 32 * 4), rel=1e-5)
+
+
 def _in_optimizer(found: Rehearsal) -> int:
     """The most bytes while it steps."""
     return max(moment.total for moment in memory_of(found.trace).timeline if moment.part.phase == "optimizer")

@@ -255,7 +255,7 @@ def test_mutants_differ(mutant: str, pool2: WorkerPool) -> None:
 def left_out(sections: dict[str, Any]) -> str:
     """What is said of a parameter that stays on every rank by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor, "_distributed", lambda parameter, mesh, placement: parameter)
+        patch.setattr(tensor, "distributed", lambda parameter, mesh, placement: parameter)
         try:
             twins.built(sections)
         except AssertionError as error:

@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: float8, tensor, context, checkpointing, compile, FSDP."""
+"""The one order in which a model is changed, in place."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from titan_lite.models.ranks import ALONE
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing, draw_memory_budgets
 from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.context import apply_context_parallel
+from titan_lite.parallel.expert import apply_expert_parallel
 from titan_lite.parallel.float8 import convert_linears
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import sharding_mesh
 from titan_lite.parallel.precision import Precision
-from titan_lite.parallel.tensor import apply_tensor_parallel, overlap
+from titan_lite.parallel.tensor import TensorRanks, apply_tensor_parallel, overlap
 from titan_lite.parallel.world import World
 
 if TYPE_CHECKING:
@@ -26,6 +28,11 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
     convert_linears(model, job, world)
     existing = [mesh for mesh in (world.mesh, world.second_mesh) if mesh is not None]
+    if world.expert_meshes:
+        assert world.mesh is not None
+        sharers = TensorRanks(world.mesh["tp"]) if job.parallelism.expert_tensor_parallel_degree > 1 else ALONE
+        of_experts = dict(zip(precision.masters, world.expert_meshes, strict=True))
+        apply_expert_parallel(model, of_experts, sharers, world.read)
     if world.tp_size > 1:
         axes = {dtype: mesh["tp"] for dtype, mesh in zip(precision.masters, existing, strict=True)}
         apply_tensor_parallel(model, axes[precision.master], axes)
@@ -41,5 +48,6 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward
         meshes = dict(zip(precision.masters, map(sharding_mesh, existing), strict=True))
-        apply_fsdp(model, meshes, precision.param, precision.reduce, reshard, offload)
+        of_experts = dict(zip(precision.masters, map(sharding_mesh, world.expert_meshes), strict=False))
+        apply_fsdp(model, meshes, of_experts, precision.param, precision.reduce, reshard, offload)
     world.materialize(model, torch.device("cpu") if offload else world.device)

@@ -12,6 +12,7 @@ from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NO
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
 from titan_lite.parallel.deal import LoadBalancer, RotateMethod, row_problems
+from titan_lite.parallel.expert_limits import expert_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ if TYPE_CHECKING:
 _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 """Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
 
-_NOT_YET = (
-    "pipeline_parallel_degree",
-    "expert_parallel_degree",
-    "expert_tensor_parallel_degree",
-)
+_NOT_YET = ("pipeline_parallel_degree",)
 
 
 _DEGREES = (
@@ -84,11 +81,23 @@ class Parallelism(ConfigBase):
     """How keys and values come to a ring's queries: all at once (allgather), or from rank to rank, so that those of one
     other rank are there at a time (alltoall)."""
     expert_parallel_degree: PositiveInt = 1
-    """Ranks over which experts are spread."""
+    """Ranks over which experts are spread; tokens travel to theirs and back. No factor of the world size: they are the
+    nearest ranks of data_parallel_shard_degree x context_parallel_degree, and of tensor_parallel_degree too where that
+    does not split each expert."""
     expert_tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which each expert is split."""
+    """Ranks over which each expert is split: tensor_parallel_degree, or 1 = none."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Library that moves tokens to experts."""
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether ranks have different experts, or parts of them."""
+        return self.expert_parallel_degree > 1 or self.expert_tensor_parallel_degree > 1
+
+    def token_ranks(self, shard_degree: int) -> int:
+        """Ranks of one replica that have tokens of their own where the experts are: `ep` takes some of them."""
+        tensor = 1 if self.expert_tensor_parallel_degree > 1 else self.tensor_parallel_degree
+        return shard_degree * self.context_parallel_degree * tensor
 
     @property
     def model_parallel_degree(self) -> int:
@@ -111,6 +120,7 @@ class Parallelism(ConfigBase):
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
         yield from row_problems(job)
+        yield from expert_problems(job, world_size)
 
 
 def _op_or_every_nth(value: str) -> str:

@@ -19,18 +19,18 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, stages: 
     Parameters of one mesh are summed over it; `stages` is the axis along which ranks have different parameters, if
     there is one. A parameter that several ranks hold counts once where it is a DTensor that says so.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        assert parameter.grad is not None
-        by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter.grad)
-    norms = [_whole(get_total_norm(gradients)) for gradients in by_mesh.values()]
+        if parameter.grad is not None:
+            by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    norms = [_whole(get_total_norm([p.grad for p in group if p.grad is not None])) for group in by_mesh.values()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if stages is not None:
         squared = norm.square()
         dist.all_reduce(squared, group=stages.get_group())
         norm = squared.sqrt()
-    clip_grads_with_norm_(parameters, max_norm, norm)
+    for group in by_mesh.values():  # torch multiplies no tensors of different meshes at once
+        clip_grads_with_norm_(group, max_norm, norm)
     return norm
 
 

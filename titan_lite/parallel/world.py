@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
-from titan_lite.parallel.mesh import make_mesh
+from titan_lite.parallel.mesh import make_expert_mesh, make_mesh
 from titan_lite.run.environment import STORE
 
 SAVE_TIMEOUT = timedelta(days=1)
@@ -67,6 +67,8 @@ class World:
     """gloo, for checkpoints written in the background."""
     second_mesh: DeviceMesh | None = None
     """Equal to `mesh`, with process groups of its own: where FSDP puts parameters of a second dtype."""
+    expert_meshes: tuple[DeviceMesh, ...] = ()
+    """See `make_expert_mesh`: beside `mesh` and `second_mesh`, where experts are spread over ranks."""
     joined: bool = False
     """Whether `connect` made the process group, and `close` is to leave it."""
 
@@ -94,13 +96,20 @@ class World:
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         size = dist.get_world_size()
         second = make_mesh(parallelism, size, device.type, own_groups=True) if second_mesh else None
-        world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, joined)
+        own_groups = (False, True) if second_mesh else (False,)
+        of_experts = tuple(filter(None, (make_expert_mesh(parallelism, size, device.type, own) for own in own_groups)))
+        world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, of_experts, joined)
         world.set_timeout(timeout_seconds)
         return world
 
     def set_timeout(self, seconds: int) -> None:
         """How long a collective of the training loop may take from now on."""
-        of_meshes = [group for mesh in (self.mesh, self.second_mesh) if mesh for group in mesh.get_all_groups()]
+        of_meshes = [
+            group
+            for mesh in (self.mesh, self.second_mesh, *self.expert_meshes)
+            if mesh
+            for group in mesh.get_all_groups()
+        ]
         for group in (dist.group.WORLD, self.host_group, *of_meshes):
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
@@ -114,13 +123,22 @@ class World:
         data = f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
         if self.axis_size("dp_shard") * self.cp_size == 1 < replicate:
             data = f"DDP {replicate}"
-        others = {"context": self.cp_size, "tensor": self.tp_size, "pipeline": self.pp_size}
+        others = {"context": self.cp_size, "tensor": self.tp_size, "pipeline": self.pp_size, "expert": self.ep_size}
         return ", ".join([data, *(f"{name} parallel {size}" for name, size in others.items() if size > 1)])
 
     @property
     def axes(self) -> dict[str, int]:
         """The mesh's axes and their sizes; nothing without a mesh."""
         return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+    @property
+    def expert_axes(self) -> dict[str, int]:
+        """Those of the mesh for experts; nothing where they are not spread over ranks."""
+        return {
+            axis: size
+            for mesh in self.expert_meshes[:1]
+            for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+        }
 
     def axis_size(self, name: str) -> int:
         """Ranks along an axis of the mesh; 1 where there is none."""
@@ -144,6 +162,11 @@ class World:
     def pp_size(self) -> int:
         """Ranks that share the layers of a model."""
         return self.axis_size("pp")
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks over which experts are spread."""
+        return self.expert_axes.get("ep", 1)
 
     @property
     def stages(self) -> DeviceMesh | None:
@@ -206,6 +229,13 @@ class World:
         summed = value.clone()
         dist.all_reduce(summed)
         return summed if self.tp_size == 1 else summed / self.tp_size
+
+    def read(self, numbers: Tensor, likely: Sequence[int]) -> list[int]:
+        """The numbers of a tensor, which the host waits for.
+
+        `likely` are those of tokens that are spread evenly, for a world whose tensors have no numbers.
+        """
+        return numbers.tolist()
 
     def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
         """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.

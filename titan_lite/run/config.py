@@ -285,7 +285,8 @@ class Debug(ConfigBase):
     deterministic_warn_only: bool = False
     """With deterministic: only warn about them."""
     moe_force_load_balance: bool = False
-    """Spread tokens evenly over experts, for timing (idle without experts)."""
+    """For timing: routers send tokens to experts in turn, equally many to each, in place of those with the best scores.
+    """
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.deterministic_warn_only and not self.deterministic:
