@@ -56,6 +56,13 @@ def share(training: Training, index: int) -> MicroBatch:
     return MicroBatch(*(part[first : first + size] for part in batch(index)))
 
 
+def micro_batches(training: Training, index: int) -> list[MicroBatch]:
+    """This rank's rows of a global batch, as its model takes them."""
+    rows = share(training, index)
+    size = len(rows.rows) // getattr(getattr(training.model, "pipeline", None), "n", 1)
+    return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in rows), strict=True)]
+
+
 class _Batches:
     def __init__(self, training: Training):
         self.training = training
@@ -96,7 +103,7 @@ def run(training: Training, n: int) -> Steps:
     losses, norms = [], []
     for index in range(n):
         n_tokens = (batch(index).targets != -100).sum().item()
-        result = step(training, [share(training, index)], n_tokens, index)
+        result = step(training, micro_batches(training, index), n_tokens, index)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
     return Steps(losses, norms, gradients, {name: full(p) for name, p in training.model.named_parameters()})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -15,6 +15,7 @@ from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem
 from titan_lite.config.fields import Strings
 from titan_lite.models import combinations
 from titan_lite.models.attention import GQA, Attention
+from titan_lite.models.attention.kernel import PreparedKernel
 from titan_lite.models.block import Block, Layer, SequentialBlock
 from titan_lite.models.context import NOT_TRAINING, Context, EarlyExit, Memory, NoMemory, TrainingFacts, key_positions
 from titan_lite.models.embedding import Embedding, TokenEmbedding
@@ -37,6 +38,7 @@ from titan_lite.models.module import Module
 from titan_lite.models.mtp import MTP, Further, NoMTP, nothing_further
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
+from titan_lite.models.position import Position
 from titan_lite.models.residual import PreNorm, Residual
 from titan_lite.models.stack import PlainStack, Stack, Streams
 
@@ -166,8 +168,20 @@ class Transformer(Module):
         self.head = config.head.build(**sizes, embedding=self.embedding)
         self.tied = config.head.tied
         self.summaries = config.memory.statistics(config.dim)
-        # A plain dict: these modules are registered where they belong, in their attentions.
-        self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
+        self._shared = self.shared_parts()
+
+    def shared_parts(self) -> dict[str, Position | PreparedKernel]:
+        """What is computed once per forward for all attentions, by key; registered where it belongs, in these."""
+        return {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
+
+    @property
+    def stages(self) -> Sequence[Transformer]:
+        """The models whose forwards make up this one's, each sharded by itself; with pipelines several, or others."""
+        return (self,)
+
+    def copies(self) -> set[nn.Parameter]:
+        """Those parameters that are copies of another pipeline stage's, where they count."""
+        return set()
 
     def forward(
         self,

@@ -20,7 +20,6 @@ _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 """Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
 
 _NOT_YET = (
-    "pipeline_parallel_degree",
     "context_parallel_degree",
     "expert_parallel_degree",
     "expert_tensor_parallel_degree",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -13,15 +13,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, stages: DeviceMesh | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    stages: DeviceMesh | None,
+    copies: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scales the gradients so that their Euclidean norm is at most `max_norm`; returns what it was, on every rank.
 
     Parameters of one mesh are summed over it; `stages` is the axis along which ranks have different parameters, if
-    there is one. A parameter that several ranks hold counts once where it is a DTensor that says so.
+    there is one. A parameter that several ranks hold counts once where it is a DTensor that says so. `copies` are
+    those that count on another stage.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     by_mesh: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
-    for parameter in parameters:
+    for parameter in (parameter for parameter in parameters if parameter not in copies):
         assert parameter.grad is not None
         by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter.grad)
     norms = [_whole(get_total_norm(gradients)) for gradients in by_mesh.values()]
