@@ -108,22 +108,31 @@ def _divided(layout: Parallelism, n_layers: int, n_stages: int) -> list[range]:
 def balanced(layout: Parallelism, n_layers: int, n_stages: int) -> list[range]:
     """The same cost on each stage, the first ones one layer more where that does not go up. As torchtitan does it."""
     first, last = layout.pipeline_parallel_first_stage_less_layers, layout.pipeline_parallel_last_stage_less_layers
+    counts = _counts(n_layers, first, last, n_stages)
+    if not _is_enough(counts, first, last):
+        why = f"makes {n_stages} stages, which is too many for n_layers = {n_layers}, with {first} for the embedding "
+        why += f"and {last} for the head"
+        raise PlanError("pipeline_parallel_degree", why, f"at most {_most_stages(n_layers, first, last)} stages")
+    return _ranges(counts)
+
+
+def _counts(n_layers: int, first: int, last: int, n_stages: int) -> list[int]:
     share, more = divmod(n_layers + first + last, n_stages)
     counts = [share + (stage < more) for stage in range(n_stages)]
     counts[0] -= first
     counts[-1] -= last
-    if min(counts) < 1:
-        why = f"cannot cut n_layers = {n_layers}, with {first} for the embedding and {last} for the head, into "
-        why += f"{n_stages} stages of at least one layer"
-        most = max((n for n in range(1, n_layers + 1) if _each_has_one(n_layers, first, last, n)), default=1)
-        raise PlanError("pipeline_parallel_degree", why, f"at most {most} stages")
-    return _ranges(counts)
+    return counts
 
 
-def _each_has_one(n_layers: int, first: int, last: int, n_stages: int) -> bool:
-    share, more = divmod(n_layers + first + last, n_stages)
-    ends = share + (more > 0) - first, share - last
-    return min(share, *ends) >= 1 if n_stages > 1 else True
+def _is_enough(counts: Sequence[int], first: int, last: int) -> bool:
+    """Whether each stage has something: the ends may have no layer where the embedding, or the head, counts."""
+    least = [0 if first else 1, *[1] * (len(counts) - 2), 0 if last else 1]
+    return all(count >= at_least for count, at_least in zip(counts, least, strict=True))
+
+
+def _most_stages(n_layers: int, first: int, last: int) -> int:
+    every = range(2, n_layers + 3)
+    return max((n for n in every if _is_enough(_counts(n_layers, first, last, n), first, last)), default=1)
 
 
 def _ranges(counts: Sequence[int]) -> list[range]:
@@ -154,6 +163,6 @@ def listed(lists: Sequence[Sequence[str]], n_layers: int, n_stages: int) -> list
     if any("mtp" in names for names in lists[:-1]):
         raise PlanError(key, "has mtp on another stage than the last", "it in the last list, or nowhere")
     counts = [sum(name in layers for name in names) for names in lists]
-    if min(counts) < 1:
-        raise PlanError(key, f"has no layer in list {counts.index(0)}", "a layer or more in each list")
+    if not _is_enough(counts, 1, 1):
+        raise PlanError(key, f"has nothing in list {counts.index(0, 1)}", "a layer or more in each list but the ends")
     return _ranges(counts)

@@ -13,7 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 from torch.distributed.tensor import DTensor
 
-from titan_lite.parallel.pipeline.plan import StagePlan, n_micro_batches, stage_plan
+from titan_lite.parallel.pipeline.plan import StagePlan, micro_batch_rows, n_micro_batches, stage_plan
 from titan_lite.parallel.pipeline.schedule import KINDS
 from titan_lite.parallel.pipeline.stage import PipelinedTransformer, StageModel, divide
 from titan_lite.parallel.pipeline.table_file import read_actions
@@ -115,7 +115,7 @@ class Pipeline:
         assert world.stages is not None
         plan, rank = stage_plan(job), world.axis_rank("pp")
         self.group, self.device = world.stages.get_group(), world.device
-        self.plan, self.rank, self.n = plan, rank, n_micro_batches(job)
+        self.plan, self.rank, self.n, self.rows = plan, rank, n_micro_batches(job), micro_batch_rows(job)
         borders_, loss = borders(job, world, plan), torch.empty((), device="meta", requires_grad=True)
         self.stages = []
         for number, part in zip(plan.stages_of(rank), model.stages, strict=True):
