@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from titan_lite.parallel.pipeline.schedule import KINDS
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
     from titan_lite.parallel.config import Parallelism
+
+
+Copied: TypeAlias = Literal["nothing", "table", "all"]
 
 
 class PlanError(ValueError):
@@ -38,6 +41,13 @@ class StagePlan:
     def n_stages(self) -> int:
         """All of them."""
         return len(self.layers)
+
+
+def copied_part(job: Job) -> Copied:
+    """What of the embedding the last stage has too, as a copy that stays equal."""
+    if job.model.mtp.embeds:
+        return "all"
+    return "table" if job.model.head.tied else "nothing"
 
 
 def micro_batch_rows(job: Job) -> int:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 from torch.distributed.tensor import DTensor
 
-from titan_lite.parallel.pipeline.plan import StagePlan, micro_batch_rows, n_micro_batches, stage_plan
+from titan_lite.parallel.pipeline.plan import Copied, StagePlan, copied_part, micro_batch_rows, n_micro_batches, stage_plan
 from titan_lite.parallel.pipeline.schedule import KINDS
 from titan_lite.parallel.pipeline.stage import PipelinedTransformer, StageModel, divide
 from titan_lite.parallel.pipeline.table_file import read_actions
@@ -97,8 +97,7 @@ def borders(job: Job, world: World, plan: StagePlan) -> list[Border]:
 
 def split_model(model: Transformer, job: Job, world: World) -> None:
     """Leaves of a model on the meta device what this rank's stages have."""
-    copied = "table" if job.model.head.tied else "nothing"
-    divide(model, stage_plan(job), world.axis_rank("pp"), "all" if job.model.mtp.embeds else copied)  # type: ignore[arg-type]
+    divide(model, stage_plan(job), world.axis_rank("pp"), copied_part(job))
 
 
 def cut_stages(model: PipelinedTransformer, job: Job, world: World) -> None:
@@ -124,9 +123,8 @@ class Pipeline:
             self.stages.append(Stage(part, number, plan.n_stages, world.device, arriving, leaving, group=self.group))
         self.schedule = _schedule(job, self.stages, self.n)
         ends = (plan.rank_of[0], plan.rank_of[-1])
-        embedding = model.embedding
-        self.copied = list(embedding.parameters()) if rank in ends and (model.tied or job.model.mtp.embeds) else []
         self.other_end = sum(ends) - rank
+        self.copied = list(_copied(model, copied_part(job))) if rank in ends and ends[0] != ends[1] else []
         self._greet()
 
     def _greet(self) -> None:
@@ -151,8 +149,7 @@ class Pipeline:
     def _add_copies(self) -> None:
         """The gradients of what first and last stage both have: each gets the sum."""
         for parameter in self.copied:
-            if parameter.grad is None:
-                continue
+            assert parameter.grad is not None
             mine = parameter.grad.to_local() if isinstance(parameter.grad, DTensor) else parameter.grad
             theirs = torch.empty_like(mine)
             operations = [
@@ -212,6 +209,12 @@ class Pipeline:
             result = torch.empty(shape, dtype=dtype, device=self.device)
         dist.broadcast(result, group=self.group, group_src=source)
         return result
+
+
+def _copied(model: PipelinedTransformer, part: Copied) -> Iterator[nn.Parameter]:
+    """The parameters of the embedding that both ends have."""
+    of_part = {"nothing": (), "table": (model.embedding.get_parameter("weight"),), "all": model.embedding.parameters()}
+    return (parameter for parameter in of_part[part] if parameter.requires_grad)
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.plan import Plan
 
 if TYPE_CHECKING:
-    from titan_lite.parallel.pipeline.plan import StagePlan
+    from titan_lite.parallel.pipeline.plan import Copied, StagePlan
     from titan_lite.parallel.pipeline.run import Pipeline
 
 
@@ -159,7 +159,7 @@ class PipelinedTransformer(Transformer):
 
 
 def divide(
-    model: Transformer, plan: StagePlan, rank: int, copied: Literal["nothing", "table", "all"]
+    model: Transformer, plan: StagePlan, rank: int, copied: Copied
 ) -> PipelinedTransformer:
     """Leaves of a model on the meta device what `rank` holds, in place.
 
