@@ -31,6 +31,7 @@ from titan_lite.job import Job
 from titan_lite.models.module import warn_of_doubts
 from titan_lite.models.transformer import vocab_size_for
 from titan_lite.parallel.flight_recorder import set_up_flight_recorder
+from titan_lite.parallel.pipeline.limits import refuse_part_of_a_run
 from titan_lite.parallel.pipeline.plan import micro_batch_rows
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World, pick_device
@@ -145,6 +146,7 @@ class Trainer:
     def _accumulation(self) -> int:
         """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
         local, share = self.job.training.local_batch_size, len(self._rows(self.progress.global_batch_size))
+        refuse_part_of_a_run(self.job, share)
         if share % local:
             logger.warning("training.local_batch_size = %d does not divide the %d rows of each rank", local, share)
         return -(-share // local)

@@ -12,6 +12,7 @@ from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NO
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
 from titan_lite.parallel.limits import tensor_problems, world_problem
+from titan_lite.parallel.pipeline.limits import pipeline_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -104,6 +105,7 @@ class Parallelism(ConfigBase):
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
+        yield from pipeline_problems(job, world_size)
 
 
 def _op_or_every_nth(value: str) -> str:

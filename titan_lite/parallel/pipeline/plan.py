@@ -159,7 +159,9 @@ def listed(lists: Sequence[Sequence[str]], n_layers: int, n_stages: int) -> list
     order = ["embedding", *layers, "norm", "head"]
     given = [name for names in lists for name in names if name != "mtp"]
     if wrong := [name for name in given if name not in order]:
-        raise PlanError(key, f"has no part of the model: {', '.join(wrong)}", f"embedding, {layers[0]} to {layers[-1]}, norm, head")
+        raise PlanError(
+            key, f"has no part of the model: {', '.join(wrong)}", f"embedding, {layers[0]} to {layers[-1]}, norm, head"
+        )
     if twice := sorted({name for name in given if given.count(name) > 1}, key=order.index):
         raise PlanError(key, f"has {', '.join(twice)} twice", "each module once")
     if missing := [name for name in order if name not in given]:
@@ -169,7 +171,9 @@ def listed(lists: Sequence[Sequence[str]], n_layers: int, n_stages: int) -> list
         raise PlanError(key, f"has {wrong_one} out of order", "the order of the model: embedding, layers, norm, head")
     for name, stage in (("embedding", 0), ("norm", -1), ("head", -1)):
         if name not in lists[stage]:
-            raise PlanError(key, f"has {name} on another stage than the {'last' if stage else 'first'}", f"it in list {stage}")
+            raise PlanError(
+                key, f"has {name} on another stage than the {'last' if stage else 'first'}", f"it in list {stage}"
+            )
     if any("mtp" in names for names in lists[:-1]):
         raise PlanError(key, "has mtp on another stage than the last", "it in the last list, or nowhere")
     counts = [sum(name in layers for name in names) for names in lists]

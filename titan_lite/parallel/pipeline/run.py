@@ -13,7 +13,14 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 from torch.distributed.tensor import DTensor
 
-from titan_lite.parallel.pipeline.plan import Copied, StagePlan, copied_part, micro_batch_rows, n_micro_batches, stage_plan
+from titan_lite.parallel.pipeline.plan import (
+    Copied,
+    StagePlan,
+    copied_part,
+    micro_batch_rows,
+    n_micro_batches,
+    stage_plan,
+)
 from titan_lite.parallel.pipeline.schedule import KINDS
 from titan_lite.parallel.pipeline.stage import PipelinedTransformer, StageModel, divide
 from titan_lite.parallel.pipeline.table_file import read_actions
@@ -213,8 +220,9 @@ class Pipeline:
 
 def _copied(model: PipelinedTransformer, part: Copied) -> Iterator[nn.Parameter]:
     """The parameters of the embedding that both ends have."""
-    of_part = {"nothing": (), "table": (model.embedding.get_parameter("weight"),), "all": model.embedding.parameters()}
-    return (parameter for parameter in of_part[part] if parameter.requires_grad)
+    for name, parameter in model.embedding.named_parameters():
+        if parameter.requires_grad and (part == "all" or (part == "table" and name == "weight")):
+            yield parameter
 
 
 def _loss(output: Tensor, target: Tensor) -> Tensor:

@@ -189,6 +189,8 @@ def _ready(work: Work, done: Mapping[Work, float], n_stages: int) -> float | Non
     return max(own, *behind) if behind else None
 
 
-def bubble_fraction(name: str, n_ranks: int, stages_per_rank: int, n_micro_batches: int, times: Times = Times()) -> float:
+def bubble_fraction(
+    name: str, n_ranks: int, stages_per_rank: int, n_micro_batches: int, times: Times = Times()
+) -> float:
     """The share of all ranks' time in which they wait for others, stages being alike."""
     return timeline(table_of(name, n_ranks, stages_per_rank, n_micro_batches), lambda stage: times).bubble

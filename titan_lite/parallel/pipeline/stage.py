@@ -158,9 +158,7 @@ class PipelinedTransformer(Transformer):
     """Whether the embedding is a copy of the first stage's."""
 
 
-def divide(
-    model: Transformer, plan: StagePlan, rank: int, copied: Copied
-) -> PipelinedTransformer:
+def divide(model: Transformer, plan: StagePlan, rank: int, copied: Copied) -> PipelinedTransformer:
     """Leaves of a model on the meta device what `rank` holds, in place.
 
     `copied` is what of the embedding the last stage has too.

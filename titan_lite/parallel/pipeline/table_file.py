@@ -24,7 +24,9 @@ def read_actions(path: str) -> dict[int, list[Any]]:
     try:
         return {rank: [_Action.from_str(word) for word in row] for rank, row in enumerate(rows)}
     except (RuntimeError, ValueError, KeyError) as error:
-        raise PlanError(KEY, f"is not a schedule: {error}", "actions such as 0F0 (stage 0, forward, micro-batch 0)") from None
+        raise PlanError(
+            KEY, f"is not a schedule: {error}", "actions such as 0F0 (stage 0, forward, micro-batch 0)"
+        ) from None
 
 
 def read_table(path: str, n_ranks: int, n_micro_batches: int) -> Table:
@@ -48,5 +50,7 @@ def read_table(path: str, n_ranks: int, n_micro_batches: int) -> Table:
         timeline(table)
     except (AssertionError, ValueError, KeyError) as error:
         why = str(error).splitlines()[0]
-        raise PlanError(KEY, f"does not fit {n_micro_batches} micro-batches on {n_stages} stages: {why}", allowed) from None
+        raise PlanError(
+            KEY, f"does not fit {n_micro_batches} micro-batches on {n_stages} stages: {why}", allowed
+        ) from None
     return table
