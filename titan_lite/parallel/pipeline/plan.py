@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from titan_lite.parallel.pipeline.schedule import KINDS
+from titan_lite.parallel.pipeline.schedule import KINDS, Table, table_of
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -75,6 +76,17 @@ def stage_plan(job: Job) -> StagePlan:
     vee = KINDS[layout.pipeline_parallel_schedule].vee
     rank_of = [min(stage, 2 * ranks - 1 - stage) if vee else stage % ranks for stage in range(n_stages)]
     return StagePlan(_divided(layout, n_layers, n_stages), rank_of)
+
+
+def job_table(job: Job) -> Table:
+    """What each pipeline rank of the job computes in one run of its schedule."""
+    layout = job.parallelism
+    ranks, n = layout.pipeline_parallel_degree, n_micro_batches(job)
+    if layout.pipeline_parallel_schedule_csv:
+        from titan_lite.parallel.pipeline.table_file import read_table
+
+        return read_table(layout.pipeline_parallel_schedule_csv, ranks, n)
+    return table_of(layout.pipeline_parallel_schedule, ranks, stage_plan(job).n_stages // ranks, n)
 
 
 def _stage_count(layout: Parallelism, n_layers: int) -> int:
@@ -147,7 +159,7 @@ def _most_stages(n_layers: int, first: int, last: int) -> int:
 
 def _ranges(counts: Sequence[int]) -> list[range]:
     starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-    return [range(begin, end) for begin, end in zip(starts, starts[1:], strict=False)]
+    return [range(begin, end) for begin, end in pairwise(starts)]
 
 
 def listed(lists: Sequence[Sequence[str]], n_layers: int, n_stages: int) -> list[range]:

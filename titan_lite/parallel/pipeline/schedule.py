@@ -135,6 +135,9 @@ class Times(NamedTuple):
         return parts[what]
 
 
+ALIKE: Final = Times()
+
+
 class Span(NamedTuple):
     """How long a run of the schedule takes, and how much of that each rank works."""
 
@@ -147,7 +150,7 @@ class Span(NamedTuple):
         return 1 - sum(self.busy) / (len(self.busy) * self.total)
 
 
-def timeline(table: Table, times: Callable[[int], Times] = lambda stage: Times()) -> Span:
+def timeline(table: Table, times: Callable[[int], Times] = lambda stage: ALIKE) -> Span:
     """Runs the table with work of these times for each stage, and sends that take none.
 
     A rank does its work in order, each as soon as what it needs is there. Raises ValueError where ranks would wait for
@@ -189,8 +192,6 @@ def _ready(work: Work, done: Mapping[Work, float], n_stages: int) -> float | Non
     return max(own, *behind) if behind else None
 
 
-def bubble_fraction(
-    name: str, n_ranks: int, stages_per_rank: int, n_micro_batches: int, times: Times = Times()
-) -> float:
+def bubble_fraction(name: str, n_ranks: int, stages_per_rank: int, n_micro_batches: int, times: Times = ALIKE) -> float:
     """The share of all ranks' time in which they wait for others, stages being alike."""
     return timeline(table_of(name, n_ranks, stages_per_rank, n_micro_batches), lambda stage: times).bubble

@@ -105,7 +105,7 @@ class StageModel(Transformer):
         of_part = vars(part).items()
         vars(self).update({name: value for name, value in of_part if name not in vars(self) and name != "_stages"})
         first, last = stage == 0, stage == plan.n_stages - 1
-        embeds = first or (last and not plan.rank_of[0] == plan.rank_of[-1])
+        embeds = first or (last and plan.rank_of[0] != plan.rank_of[-1])
         self.embedding = part.embedding if embeds else NoEmbedding()
         section = FirstSection if first else Section
         self.stack = section(part.stack.blocks, plan.layers[stage], arriving)
