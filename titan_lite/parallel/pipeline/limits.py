@@ -76,10 +76,10 @@ def _rows(job: Job, world_size: int | None) -> Iterator[Problem]:
     whole = job.training.global_batch_size
     if degree and whole != -1 and whole % degree == 0 and whole // degree % local:
         step = degree * local
-        legal = [size for size in (whole // step * step, (whole // step + 1) * step) if size]
+        sizes = [size for size in (whole // step * step, (whole // step + 1) * step) if size]
         why = f"is {whole // degree} rows for each data-parallel rank, and a pipeline takes them in runs of "
         why += f"training.local_batch_size = {local}"
-        yield Problem(CROSS_FIELD, "training.global_batch_size", why, whole, " or ".join(map(str, legal)))
+        yield Problem(CROSS_FIELD, "training.global_batch_size", why, whole, " or ".join(map(str, sizes)))
 
 
 def refuse_part_of_a_run(job: Job, rows: int) -> None:

@@ -42,7 +42,7 @@ class NoEmbedding(Embedding):
 
 
 @cache
-def _table_of(embedding: type[Embedding]) -> type[Embedding]:
+def _table_of(embedding: Any) -> type[Embedding]:
     """The class of the table alone of such an embedding, as a tied head on another stage reads it."""
     split = {"tp_plan": Embedding.tp_plan, "split": NoEmbedding.split, "forward": NoEmbedding.forward}
     return type(f"{embedding.__name__}Table", (embedding,), split)
@@ -135,6 +135,8 @@ class PipelinedTransformer(Transformer):
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         return self.pipeline.relay(args, options)
+
+    _stages: Sequence[StageModel]
 
     @property
     def stages(self) -> Sequence[Transformer]:
