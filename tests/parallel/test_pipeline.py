@@ -78,7 +78,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "four ranks in a V": (4, ZBV | {"pipeline_parallel_degree": 4}, {"model": {"n_layers": 8}}, {}),
     "x fsdp": (4, ZBV, {}, HALF),
     "x fsdp, tied": (4, {}, {"model": {"head": {"tied": True}}}, HALF),
-    "x fsdp, freed after each forward": (4, ZERO_BUBBLE | {"fsdp_reshard_after_forward": "always"}, {}, HALF),
+    "x fsdp, freed after each forward": (4, INTERLEAVED | {"fsdp_reshard_after_forward": "always"}, {}, HALF),
     "x ddp": (4, DDP, {}, HALF),
     "x tp": (4, TP | ZBV, {"model": GAINS}, {}),
     "x tp, values of the first layer": (4, TP | INTERLEAVED, {"model": {"attention": {"value_mix": "residual"}}}, {}),

@@ -125,6 +125,12 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], str, list[str]]] = {
         SCHEDULE,
         ["activation_checkpoint.selective_ac_option", "1F1B"],
     ),
+    "weights that are freed between": (
+        ZERO_BUBBLE | {"fsdp_reshard_after_forward": "always"},
+        {},
+        SCHEDULE,
+        ["fsdp_reshard_after_forward", '"default" or "never"'],
+    ),
     "no file": ({"pipeline_parallel_schedule_csv": "/nowhere.csv"}, {}, CSV, ["cannot be read"]),
     "a file and a name": (ZBV | {"pipeline_parallel_schedule_csv": "/nowhere.csv"}, {}, SCHEDULE, ["has no effect"]),
 }

@@ -139,12 +139,15 @@ def _split_backward(job: Job) -> Iterator[Problem]:
         return
     key, value = ("parallelism.pipeline_parallel_schedule_csv", file) if file else (SCHEDULE, name)
     whole = ", ".join(name for name, kind in KINDS.items() if not kind.splits)
+    halves = "runs backward in two halves, of inputs and of weights, "
     if job.compile.enable and "model" in job.compile.components:
-        why = "runs backward in two halves, of inputs and of weights, and torch.compile makes one graph of both: "
-        why += "compile.enable, compile.components"
+        why = f"{halves}and torch.compile makes one graph of both: compile.enable, compile.components"
         yield Problem(CROSS_FIELD, key, why, value, f"{whole}; or the model not compiled")
     checkpoint = job.activation_checkpoint
     if checkpoint.mode == "selective" and checkpoint.selective_ac_option == "op":
-        why = 'runs backward in two halves, and what activation_checkpoint.selective_ac_option = "op" keeps can be '
-        why += "read once"
+        why = f'{halves}and what activation_checkpoint.selective_ac_option = "op" keeps can be read once'
         yield Problem(CROSS_FIELD, key, why, value, f'{whole}; or activation_checkpoint.mode = "full" or "none"')
+    if job.parallelism.fsdp_reshard_after_forward == "always":
+        why = f"{halves}and torch looks for the weights before parallelism.fsdp_reshard_after_forward = "
+        why += '"always" has gathered them again'
+        yield Problem(CROSS_FIELD, key, why, value, f'{whole}; or fsdp_reshard_after_forward = "default" or "never"')
