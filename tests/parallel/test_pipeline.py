@@ -64,6 +64,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "latent attention": (2, ZERO_BUBBLE, {"model": {"attention": LATENT}}, {}),
     "dropped": (2, ZBV, {"model": {"residual": {"dropout": 0.2}, "embedding": {"dropout": 0.1}}}, {}),
     "logits at once": (2, ZBV, {"training": {"loss_chunk_tokens": 0, "z_loss": 1e-2}}, {}),
+    "activations in host memory": (2, ZBV, {}, {"activation_checkpoint": {"mode": "none", "offload": True}}),
     "recomputed": (2, ZBV, {}, {"activation_checkpoint": {"mode": "full"}}),
     "every second layer recomputed": (2, ZERO_BUBBLE, {}, {"activation_checkpoint": {"mode": "selective"}}),
     "recomputed per op": (2, {}, {}, {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"}}),

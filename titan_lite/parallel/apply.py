@@ -13,6 +13,7 @@ from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.float8 import convert_linears
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import sharding_mesh
+from titan_lite.parallel.offload import offload_activations
 from titan_lite.parallel.pipeline.run import Pipeline, cut_stages, split_model
 from titan_lite.parallel.pipeline.stage import PipelinedTransformer
 from titan_lite.parallel.precision import Precision
@@ -39,6 +40,9 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     compile_blocks(model, job.compile)
     if isinstance(model, PipelinedTransformer):
         cut_stages(model, job, world)
+    if job.activation_checkpoint.offload:
+        for stage in model.stages:
+            offload_activations(stage)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward

@@ -122,11 +122,11 @@ class Pipeline:
         plan, rank = stage_plan(job), world.axis_rank("pp")
         self.group, self.device = world.stages.get_group(), world.device
         self.plan, self.rank, self.n, self.rows = plan, rank, n_micro_batches(job), micro_batch_rows(job)
-        borders_, loss = borders(job, world, plan), torch.empty((), device="meta", requires_grad=True)
+        given, loss = borders(job, world, plan), torch.empty((), device="meta", requires_grad=True)
         self.stages = []
         for number, part in zip(plan.stages_of(rank), model.stages, strict=True):
-            arriving = borders_[number].tensors(dtype)
-            leaving = (loss,) if number == plan.n_stages - 1 else borders_[number + 1].tensors(dtype)
+            arriving = given[number].tensors(dtype)
+            leaving = (loss,) if number == plan.n_stages - 1 else given[number + 1].tensors(dtype)
             self.stages.append(Stage(part, number, plan.n_stages, world.device, arriving, leaving, group=self.group))
         self.schedule = _schedule(job, self.stages, self.n)
         ends = (plan.rank_of[0], plan.rank_of[-1])
