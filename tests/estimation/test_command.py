@@ -81,8 +81,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
         (("--world-size", "3", "--parallelism.data_parallel_replicate_degree=2"), ("data_parallel_replicate_degree",)),
         (("--model.dim=5",), ("model.dim",)),
         (("--training.nothing=5",), ("training.nothing",)),
-        (("--parallelism.context_parallel_degree=2",), ("context_parallel_degree", "not available")),
-        (("--parallelism.pipeline_parallel_degree=8",), ("pipeline_parallel_degree", "at most")),
+        (("--parallelism.pipeline_parallel_degree=8",), ("training.local_batch_size", "pipeline_parallel_degree")),
     ],
 )
 def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
