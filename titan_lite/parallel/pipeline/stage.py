@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,4 +187,4 @@ def divide(model: Transformer, plan: StagePlan, rank: int, copied: Copied) -> Pi
 def _keep_table(embedding: Embedding) -> None:
     for name in list(embedding._modules):
         delattr(embedding, name)
-    embedding.__class__ = _table_of(type(embedding))
+    embedding.__class__ = _table_of(cast(Hashable, type(embedding)))
