@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: float8, tensor parallel, checkpointing, compile, FSDP."""
+"""The one order in which a model is changed, in place: float8, stages, tensor parallel, checkpointing, compile, FSDP."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
+    convert_linears(model, job, world)  # of the whole model, whose names filters and rules are about
     if world.stages is not None:
         split_model(model, job, world)
-    convert_linears(model, job, world)
     existing = [mesh for mesh in (world.mesh, world.second_mesh) if mesh is not None]
     if world.tp_size > 1:
         axes = {dtype: mesh["tp"] for dtype, mesh in zip(precision.masters, existing, strict=True)}

@@ -132,11 +132,12 @@ class PipelinedTransformer(Transformer):
 
     pipeline: Pipeline
     """What runs the stages."""
+    has_copies: bool = False
+    """Whether the embedding is a copy of the first stage's."""
+    _stages: Sequence[StageModel] = ()
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
         return self.pipeline.relay(args, options)
-
-    _stages: Sequence[StageModel]
 
     @property
     def stages(self) -> Sequence[Transformer]:
@@ -144,8 +145,7 @@ class PipelinedTransformer(Transformer):
 
     def cut(self, plan: StagePlan, numbers: Sequence[int], arriving: Sequence[Sequence[str]]) -> None:
         """Makes the stages, once the modules are those that will run; `arriving` has the names for each of all."""
-        stages = [StageModel(self, number, plan, arriving[number]) for number in numbers]
-        object.__setattr__(self, "_stages", tuple(stages))
+        self._stages = tuple(StageModel(self, number, plan, arriving[number]) for number in numbers)
 
     def train(self, mode: bool = True) -> PipelinedTransformer:
         for stage in self.stages:
@@ -155,9 +155,6 @@ class PipelinedTransformer(Transformer):
 
     def copies(self) -> set[nn.Parameter]:
         return set(self.embedding.parameters()) if self.has_copies else set()
-
-    has_copies: bool = False
-    """Whether the embedding is a copy of the first stage's."""
 
 
 def divide(model: Transformer, plan: StagePlan, rank: int, copied: Copied) -> PipelinedTransformer:
@@ -180,7 +177,6 @@ def divide(model: Transformer, plan: StagePlan, rank: int, copied: Copied) -> Pi
     if not has_last:
         model.norm, model.mtp, model.head = null_ends()
     model._shared = model.shared_parts()
-    object.__setattr__(model, "_stages", ())
     return model
 
 
