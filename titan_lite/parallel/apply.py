@@ -1,4 +1,4 @@
-"""The one order in which a model is changed, in place: float8, stages, tensor parallel, checkpointing, compile, FSDP."""
+"""The one order in which a model is changed, in place: float8, stages, tensor parallel, checkpoints, compile, FSDP."""
 
 from __future__ import annotations
 
