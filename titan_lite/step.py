@@ -8,7 +8,7 @@ from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from titan_lite.models.aux_loss import no_token_weight, token_weight, weighs_tokens
 from titan_lite.models.context import Iterations, Memory, TrainingFacts
@@ -179,7 +179,7 @@ def metrics(training: Training) -> dict[str, Tensor]:
 
 
 def remembered_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...], model: nn.Module
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...], model: Transformer
 ) -> Tensor:
     """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next.
 

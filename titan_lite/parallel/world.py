@@ -20,9 +20,10 @@ from titan_lite.parallel.mesh import SAME_LAYERS, make_mesh
 from titan_lite.run.environment import STORE
 
 if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
     from titan_lite.parallel.pipeline.stage import PipelinedTransformer
 
-LossOf: TypeAlias = Callable[[nn.Module], Tensor]
+LossOf: TypeAlias = "Callable[[Transformer], Tensor]"
 """A micro-batch's loss, given the model; given a pipeline stage, that stage's part of it."""
 
 SAVE_TIMEOUT = timedelta(days=1)
@@ -229,7 +230,7 @@ class World:
         of_each = self.gather({name: value.item() for name, value in found.items()})
         return {name: torch.tensor(value) for its in reversed(of_each) for name, value in its.items()}
 
-    def forward_backward(self, model: nn.Module, losses: Iterable[LossOf], last: int) -> Tensor:
+    def forward_backward(self, model: Transformer, losses: Iterable[LossOf], last: int) -> Tensor:
         """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.
 
         Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, or after each run
