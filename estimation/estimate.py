@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +19,8 @@ from titan_lite.models.flops import anew_flops_per_token, training_flops_per_tok
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.stack import RecurrentStack
 from titan_lite.models.transformer import Transformer
+from titan_lite.parallel.pipeline.plan import job_table, stage_plan
+from titan_lite.parallel.pipeline.schedule import timeline
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -28,6 +30,19 @@ ALWAYS_LEFT_OUT = (
     "the estimate is of a training step",
     "host memory",
 )
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """One pipeline rank."""
+
+    stages: tuple[int, ...]
+    layers: int
+    peak_live: int
+    reserved: int
+    seconds: float
+    """That it works in a step."""
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -52,16 +67,27 @@ class Estimate:
     """Whether something counts as on the device that the job keeps in host memory, or does not keep."""
     layers_traced: int
     layers: int
+    pipeline: tuple[StageEstimate, ...] = ()
+    """All pipeline ranks; everything else is of the one that needs the most memory, but for `compute.seconds`, which
+    are those of the slowest and its waiting for others."""
+    bubble: float = 0.0
+    """Share of a step in which pipeline ranks wait for each other, if their stages took equally long."""
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that work on the same tokens."""
+        return self.axes.get("tp", 1) * self.axes.get("pp", 1)
 
     @property
     def tokens_per_second_per_device(self) -> float:
         """Tokens of the global batch by devices and seconds."""
-        return self.tokens / self.compute.seconds / self.axes.get("tp", 1)
+        return self.tokens / self.compute.seconds / self.model_ranks
 
     @property
     def flops_per_token(self) -> float:
         """Of all ranks that work on the token, as traced."""
-        return self.compute.flops * self.axes.get("tp", 1) / self.tokens
+        of_ranks = sum(each.flops for each in self.pipeline) or self.compute.flops
+        return of_ranks * self.axes.get("tp", 1) / self.tokens
 
     @property
     def mfu(self) -> float:
@@ -117,6 +143,17 @@ class Estimate:
                 phase: flops * self.axes.get("tp", 1) / self.tokens for phase, flops in compute.by_phase.items()
             },
             "formula_flops_per_token": self.formula_flops_per_token,
+            "bubble": self.bubble,
+            "pipeline": [
+                {
+                    "stages": list(each.stages),
+                    "layers": each.layers,
+                    "peak_live_gib": each.peak_live / GIB,
+                    "peak_reserved_gib": each.reserved / GIB,
+                    "seconds": each.seconds,
+                }
+                for each in self.pipeline
+            ],
             "layers_traced": self.layers_traced,
             "layers": self.layers,
             "assumptions": self.assumed.model_dump(),
@@ -132,10 +169,32 @@ def default_world_size(job: Job) -> int:
 
 
 def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | None = None) -> Estimate:
-    """The estimate of a job that `load_job` accepts for this world size."""
+    """The estimate of a job that `load_job` accepts for this world size; of a pipeline's ranks, of the fullest one."""
+    degree = job.parallelism.pipeline_parallel_degree
+    each = [_of_rank(job, world_size, device, assumed, i * world_size // degree) for i in range(degree)]
+    fullest = max(each, key=lambda one: one.memory.peak.total)
+    if degree == 1:
+        return fullest
+    plan, span = stage_plan(job), timeline(job_table(job))
+    ranks = tuple(
+        StageEstimate(
+            tuple(plan.stages_of(rank)),
+            sum(len(plan.layers[stage]) for stage in plan.stages_of(rank)),
+            one.memory.peak.total,
+            one.reserved,
+            one.compute.seconds,
+            one.compute.flops,
+        )
+        for rank, one in enumerate(each)
+    )
+    seconds = max(one.seconds for one in ranks) / (1 - span.bubble)
+    return replace(fullest, compute=replace(fullest.compute, seconds=seconds), pipeline=ranks, bubble=span.bubble)
+
+
+def _of_rank(job: Job, world_size: int, device: Device, assumed: Assumptions | None, rank: int) -> Estimate:
     model = _whole_model(job)
     not_modelled = (*_not_modelled(job, model, device), *ALWAYS_LEFT_OUT)
-    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, on_device=not device.is_cpu)
+    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, rank)
     memory = memory_of(rehearsal.trace)
     specs = collect_specs(model)
     keys = job.model.memory.keys(job.training.seq_len)

@@ -28,6 +28,7 @@ from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.parallel.mesh import SHARDS
+from titan_lite.parallel.pipeline.plan import micro_batch_rows, n_micro_batches
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
 
@@ -85,17 +86,18 @@ def micro_batches(job: Job, dp_size: int) -> list[int]:
     return [min(local, share - done) for done in range(0, share, local)]
 
 
-def rehearse(job: Job, world_size: int, on_device: bool) -> Rehearsal:
-    """The second step of `job`, in which optimizer states exist, on rank 0 of `world_size`.
+def rehearse(job: Job, world_size: int, on_device: bool, rank: int = 0) -> Rehearsal:
+    """The second step of `job`, in which optimizer states exist, on one rank of `world_size`.
 
     `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
     equal layers a few are traced and stand for the others, where they are found to do equal things.
     """
-    for periods in _ways_to_repeat(job.model, _every(job)):
+    several = job.parallelism.pipeline_parallel_degree > 1  # stages, whose layers have numbers that count
+    for periods in [None] if several else _ways_to_repeat(job.model, _every(job)):
         if periods is None:
-            return _rehearse(job, world_size, on_device, None)
+            return _rehearse(job, world_size, on_device, None, rank)
         try:
-            return _rehearse(job, world_size, on_device, periods)
+            return _rehearse(job, world_size, on_device, periods, rank)
         except UnequalPeriodsError:
             continue
     raise AssertionError("the last way is to trace all layers")
@@ -120,7 +122,7 @@ def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Per
     yield None
 
 
-def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | None) -> Rehearsal:
+def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | None, rank: int) -> Rehearsal:
     layers = len(job.model.stack.executed(job.model.n_layers))
     if periods is not None:
         kept = _Kept.model_construct(**dict(job.model))
@@ -130,7 +132,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
-        world = stack.enter_context(fake_world(job, precision, world_size))
+        world = stack.enter_context(fake_world(job, precision, world_size, rank))
         training = build(job, world, precision, vocabulary(job), blank=True)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
@@ -139,6 +141,8 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         middle = max(1, len(sizes) - 2)
         tokens = sum(sizes) * job.training.seq_len
         batches = _batches(job, sizes[:1] + sizes[1:-1][:1] + sizes[1:][-1:])
+        if world.pp_size > 1:  # runs of the schedule are alike, and each is a whole one
+            middle, batches = 1, _batches(job, [micro_batch_rows(job)] * n_micro_batches(job))
         groups = _groups(world)
         trace = record(training, batches, BLOCK_BYTES if on_device else 1)
     if periods is not None:
@@ -151,7 +155,8 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
 def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
     """The trace of a second step, in a real world or a fake one, with storages in units of `block_bytes`."""
     n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
-    step(training, batches if hasattr(training.memory, "slots") else batches[:1], n_tokens, 0)
+    whole = hasattr(training.memory, "slots") or training.world.pp_size > 1
+    step(training, batches if whole else batches[:1], n_tokens, 0)
     model, tracer = training.model, Tracer(block_bytes)
 
     def objective(*args: Any) -> Tensor:
@@ -159,7 +164,7 @@ def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) 
         return training.objective(*args)
 
     names = {module: name for name, module in model.named_modules()}
-    units = {names[unit]: unit for unit in model.shard_units()}
+    units = {names[unit]: unit for part in model.stages for unit in part.shard_units()}
     handle = training.optimizer.register_step_pre_hook(lambda *_: tracer.enter("optimizer", ""))
     try:
         with traced(tracer, units) as trace:
@@ -187,9 +192,9 @@ def own(tracer: Tracer, training: Training, units: dict[str, nn.Module]) -> None
         tracer.own(iter(slot.tensors().values()), "memory")
 
 
-def _gathered(model: nn.Module) -> Iterator[Tensor]:
+def _gathered(model: Transformer) -> Iterator[Tensor]:
     """What FSDP gathers parameters into: of no size while they are not."""
-    for module in model.modules():
+    for module in (module for part in model.stages for module in part.modules()):
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 for parameter in group.fsdp_params:

@@ -37,6 +37,11 @@ def _memory(found: Estimate) -> list[str]:
             f" ({found.reserved_expandable / GIB:.3f} with expandable segments)"
         )
         lines.append(f"  {found.outside_gib:10.3f} GiB  outside of the allocator (assumed)")
+    if found.pipeline:
+        lines.append("each pipeline rank's peak, the fullest of which is above:")
+    for rank, each in enumerate(found.pipeline):
+        stages = ", ".join(map(str, each.stages))
+        lines.append(f"  {each.peak_live / GIB:10.3f} GiB  rank {rank}: stages {stages}, {each.layers} layers")
     return lines
 
 
@@ -48,6 +53,8 @@ def _time(found: Estimate, tokens: float | None) -> list[str]:
         f"  FLOPs per token: {found.flops_per_token:.3e} with what is recomputed,"
         f" {found.formula_flops_per_token:.3e} by 6 N and attention",
     ]
+    if found.pipeline:
+        lines.append(f"  pipeline ranks wait {100 * found.bubble:.1f}% of it, stages being alike")
     lines += [f"  {seconds:10.4f} s    {kind}" for kind, seconds in sorted(compute.by_kind.items())]
     for name, axis in compute.communication.items():
         lines.append(f"  {axis.seconds:10.4f} s    {axis.count} collectives over {name}, {axis.nbytes / GIB:.3f} GiB")

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FakeWorld(World):
-    """Rank 0, which has the largest share of what ranks do not share evenly. Its collectives go nowhere.
+    """One rank; the first one of a pipeline's has the largest share of what ranks do not share evenly. Its collectives
+    go nowhere.
 
     Meshes and shards are made of real objects; from `materialize` on, all tensors are fake ones. FSDP over a mesh of
     several axes does not work the other way round.
@@ -44,7 +45,7 @@ class FakeWorld(World):
 
 
 @contextmanager
-def fake_world(job: Job, precision: Precision, size: int) -> Iterator[FakeWorld]:
+def fake_world(job: Job, precision: Precision, size: int, rank: int = 0) -> Iterator[FakeWorld]:
     """The world a run of `job` on `size` ranks would make. There must be no process group, and is none afterwards."""
     device = torch.device("cpu")  # fake tensors of a device that torch was not built for end the process in backward
     sharded = size > 1 or precision.mixed or job.training.enable_cpu_offload
@@ -52,13 +53,15 @@ def fake_world(job: Job, precision: Precision, size: int) -> Iterator[FakeWorld]
         if not sharded:
             yield FakeWorld(0, 1, device, inside=inside)
             return
-        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
         try:
             mesh = make_mesh(job.parallelism, size, device.type)
             second = make_mesh(job.parallelism, size, device.type, True) if len(precision.masters) > 1 else None
             own_groups = (False, True) if second else (False,)
             of_experts = filter(None, (make_expert_mesh(job.parallelism, size, device.type, o) for o in own_groups))
-            yield FakeWorld(0, size, device, mesh, second_mesh=second, expert_meshes=tuple(of_experts), inside=inside)
+            yield FakeWorld(
+                rank, size, device, mesh, second_mesh=second, expert_meshes=tuple(of_experts), inside=inside
+            )
         finally:
             inside.close()
             dist.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,7 +19,7 @@ from titan_lite.models.init import initialize
 from titan_lite.models.memory import LaneMemory
 from titan_lite.models.memory.base import Piece
 from titan_lite.models.memory.decoding import Decoding
-from titan_lite.models.module import after_step
+from titan_lite.models.module import after_step, collect_metrics
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
@@ -110,7 +110,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     if not blank:
         initialize(model, specs, job.model.init.build(dim=job.model.dim, n_layers=job.model.depth()), job.debug.seed)
         model.embedding.warm_start()
-        after_step(model, world.total_tensor)
+        after_step(model, world.total_of_layers)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
     if job.training.enable_optimizer_offload:
         optimizer = HostStates(optimizer)
@@ -168,20 +168,28 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
     losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
-    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages)
+    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages, model.copies())
     training.optimizer.step()
     training.optimizer.zero_grad()
-    after_step(model, training.world.total_tensor)
+    after_step(model, training.world.total_of_layers)
     training.scale_ahead(model)
     return StepTensors(training.world.total_tensor(loss), norm, lr, training.work(training.iterations(index)))
 
 
+def metrics(training: Training) -> dict[str, Tensor]:
+    """{full name: number} of what the model's modules have to say about the last step. Collective."""
+    return training.world.merged(collect_metrics(training.model, training.world.total_of_layers))
+
+
 def remembered_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...]
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...], model: Transformer
 ) -> Tensor:
-    """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next."""
+    """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next.
+
+    `model` is the training's, or a pipeline stage of it, whose part of the loss this is.
+    """
     memory = training.memory.of(batch.rows)
-    loss = mean_loss(training, batch, n_tokens, index, memory, ahead)
+    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, ahead)
     if memory is not None:
         memory.advance(batch.documents.to(training.world.device, non_blocking=True))
     return loss

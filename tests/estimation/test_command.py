@@ -46,6 +46,19 @@ def test_state_at_rest_is_that_of_the_formula(capsys: pytest.CaptureFixture[str]
     assert found["layers_traced"] < found["layers"]
 
 
+def test_every_rank_of_a_pipeline(capsys: pytest.CaptureFixture[str]):
+    """The numbers are those of the fullest; the time has the bubble of four micro-batches on two ranks in it."""
+    layout = ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4", "--training.seq_len=32")
+    found = printed(capsys, str(FOLDER / "debug.toml"), *layout)
+    assert found["mesh"]["pp"] == 2
+    assert [rank["stages"] for rank in found["pipeline"]] == [[0], [1]]
+    assert sum(rank["layers"] for rank in found["pipeline"]) == found["layers"]
+    assert found["bubble"] == pytest.approx(1 / 5)
+    assert found["step_seconds"] == pytest.approx(max(rank["seconds"] for rank in found["pipeline"]) / (1 - 1 / 5))
+    assert found["peak_live_gib"] == max(rank["peak_live_gib"] for rank in found["pipeline"])
+    assert found["flops_per_token"] == pytest.approx(found["formula_flops_per_token"], rel=0.1)
+
+
 def test_a_report_for_people(capsys: pytest.CaptureFixture[str]):
     assert main([str(FOLDER / "debug.toml"), "--device", "rtx4090", "--tokens", "1e9", "--assume", "latency_us=3"]) == 0
     text = capsys.readouterr().out
@@ -68,7 +81,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
         (("--world-size", "3", "--parallelism.data_parallel_replicate_degree=2"), ("data_parallel_replicate_degree",)),
         (("--model.dim=5",), ("model.dim",)),
         (("--training.nothing=5",), ("training.nothing",)),
-        (("--parallelism.pipeline_parallel_degree=2",), ("pipeline_parallel_degree", "not available")),
+        (("--parallelism.pipeline_parallel_degree=8",), ("training.local_batch_size", "pipeline_parallel_degree")),
     ],
 )
 def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]):

@@ -56,6 +56,13 @@ def share(training: Training, index: int) -> MicroBatch:
     return MicroBatch(*(part[first : first + size] for part in batch(index)))
 
 
+def micro_batches(training: Training, index: int) -> list[MicroBatch]:
+    """This rank's rows of a global batch, as its model takes them."""
+    rows = share(training, index)
+    size = getattr(getattr(training.model, "pipeline", None), "rows", len(rows.rows))
+    return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in rows), strict=True)]
+
+
 class _Batches:
     def __init__(self, training: Training):
         self.training = training
@@ -96,10 +103,20 @@ def run(training: Training, n: int) -> Steps:
     losses, norms = [], []
     for index in range(n):
         n_tokens = (batch(index).targets != -100).sum().item()
-        result = step(training, [share(training, index)], n_tokens, index)
+        result = step(training, micro_batches(training, index), n_tokens, index)
         losses.append(result.loss.item())
         norms.append(result.grad_norm.item())
-    return Steps(losses, norms, gradients, {name: full(p) for name, p in training.model.named_parameters()})
+    weights = {name: full(p) for name, p in training.model.named_parameters()}
+    return Steps(losses, norms, *(of_all_stages(training, tensors) for tensors in (gradients, weights)))
+
+
+def of_all_stages(training: Training, mine: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of all ranks' stages; what several have must be equal to the bit."""
+    found: dict[str, Tensor] = {}
+    for tensors in training.world.gather(mine) if training.world.pp_size > 1 else [mine]:
+        for name, tensor in tensors.items():
+            assert torch.equal(found.setdefault(name, tensor), tensor), f"{name} differs between ranks"
+    return found
 
 
 def differences(one: Steps, other: Steps) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -174,6 +174,15 @@ class Transformer(Module):
         """Notes the parts of all attentions that compute something once per forward; anew where they were changed."""
         # A plain dict: these modules are registered where they belong, in their attentions.
         self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
+
+    @property
+    def stages(self) -> Sequence[Transformer]:
+        """The models whose forwards make up this one's, each sharded by itself; with pipelines several, or others."""
+        return (self,)
+
+    def copies(self) -> set[nn.Parameter]:
+        """Those parameters that are copies of another pipeline stage's, where they count."""
+        return set()
 
     def forward(
         self,

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.config import ActivationCheckpoint
-from titan_lite.parallel.offload import offload_activations
 
 MATRIX_PRODUCTS = {
     torch.ops.aten.mm.default: 1,
@@ -55,8 +54,6 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
             block.forward = _budgeted(block.forward, config.memory_budget)
         elif path in chosen:
             block.forward = _checkpointed(block.forward, _keywords(model, path, block, config))
-    if config.offload:
-        offload_activations(model)
 
 
 def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:

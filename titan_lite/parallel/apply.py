@@ -16,6 +16,9 @@ from titan_lite.parallel.expert import apply_expert_parallel
 from titan_lite.parallel.float8 import convert_linears
 from titan_lite.parallel.fsdp import apply_fsdp
 from titan_lite.parallel.mesh import sharding_mesh
+from titan_lite.parallel.offload import offload_activations
+from titan_lite.parallel.pipeline.run import Pipeline, cut_stages, split_model
+from titan_lite.parallel.pipeline.stage import PipelinedTransformer
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.tensor import TensorRanks, apply_tensor_parallel, overlap
 from titan_lite.parallel.world import World
@@ -26,7 +29,9 @@ if TYPE_CHECKING:
 
 def parallelize(model: Transformer, job: Job, world: World, precision: Precision) -> None:
     """Turns a model on the meta device into this rank's part of it, on its device, its weights still to be filled."""
-    convert_linears(model, job, world)
+    convert_linears(model, job, world)  # of the whole model, whose names filters and rules are about
+    if world.stages is not None:
+        split_model(model, job, world)
     existing = [mesh for mesh in (world.mesh, world.second_mesh) if mesh is not None]
     if world.expert_meshes:
         assert world.mesh is not None
@@ -44,10 +49,20 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     apply_activation_checkpointing(model, job.activation_checkpoint)
     draw_memory_budgets(job.activation_checkpoint, Path(job.job.dump_folder))
     compile_blocks(model, job.compile)
+    if isinstance(model, PipelinedTransformer):
+        cut_stages(model, job, world)
+    if job.activation_checkpoint.offload:
+        for stage in model.stages:
+            offload_activations(stage)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward
         meshes = dict(zip(precision.masters, map(sharding_mesh, existing), strict=True))
         of_experts = dict(zip(precision.masters, map(sharding_mesh, world.expert_meshes), strict=False))
-        apply_fsdp(model, meshes, of_experts, precision.param, precision.reduce, reshard, offload)
+        if reshard == "default" and world.stages is not None:
+            reshard = "never"
+        for stage in model.stages:
+            apply_fsdp(stage, meshes, of_experts, precision.param, precision.reduce, reshard, offload)
     world.materialize(model, torch.device("cpu") if offload else world.device)
+    if isinstance(model, PipelinedTransformer):
+        model.pipeline = Pipeline(model, job, world, precision.param)

@@ -8,20 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
+from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
 from titan_lite.parallel.deal import LoadBalancer, RotateMethod, row_problems
 from titan_lite.parallel.expert_limits import expert_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
+from titan_lite.parallel.pipeline.limits import pipeline_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
 _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 """Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
-
-_NOT_YET = ("pipeline_parallel_degree",)
 
 
 _DEGREES = (
@@ -112,15 +111,13 @@ class Parallelism(ConfigBase):
         return self.data_parallel_replicate_degree * shard if shard and fixed * shard == world_size else None
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-        for key in _NOT_YET:
-            if getattr(self, key) > 1:
-                yield Problem(NOT_AVAILABLE, f".{key}", "is not available yet", getattr(self, key), "1")
         if world_size is not None and self.data_parallel_degree(world_size) is None:
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
         yield from row_problems(job)
         yield from expert_problems(job, world_size)
+        yield from pipeline_problems(job, world_size)
 
 
 def _op_or_every_nth(value: str) -> str:

@@ -55,7 +55,7 @@ def apply_fsdp(
         # The loss is already divided by the global token count, so gradients are summed, never averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if not model.tied and _only_tables(model.embedding):
+    if model.embedding in units and _only_tables(model.embedding):
         cast(FSDPModule, model.embedding).set_unshard_in_backward(False)
     if reshard_after_forward != "always":
         _keep_through_backward(model, [unit for unit in units if unit in several])
@@ -63,7 +63,8 @@ def apply_fsdp(
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+    parts = getattr(model, "stages", (model,))
+    return (module for part in parts for module in part.modules() if isinstance(module, FSDPModule))
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[Tensor | None]:

@@ -17,6 +17,10 @@ SHARDS = "dp_shard_cp"
 warnings.filterwarnings("ignore", message="Slicing a flattened dim from root mesh")
 
 
+SAME_LAYERS = "same_layers"
+"""All axes but pp as one: ranks that have the same layers. There with a pp axis only."""
+
+
 def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False) -> DeviceMesh:
     """All ranks: axes pp, dp_replicate, dp_shard, cp, tp, the outermost first; the process group must exist.
 
@@ -39,6 +43,8 @@ def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_g
     mesh = init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=override)
     if "cp" in sizes:
         mesh["dp_shard", "cp"]._flatten(SHARDS, backend_override=backend if own_groups else None)
+    if "pp" in sizes and not own_groups:
+        mesh[tuple(axis for axis in sizes if axis != "pp")]._flatten(SAME_LAYERS)
     return mesh
 
 

@@ -27,11 +27,11 @@ class Ulysses(Kernel):
         """`scoring` is that of the kernel `alone`."""
         super().__init__()
         self.alone, self.row, self.registers = alone, row, scoring.registers
-        self.spread, of_spread = copy.deepcopy((alone, scoring))
+        self.on_heads, of_heads = copy.deepcopy((alone, scoring))
         heads = Ranks()
         heads.rank, heads.size = row.rank, row.size
-        of_spread.bias.split(heads)
-        for module in self.spread.modules():
+        of_heads.bias.split(heads)
+        for module in self.on_heads.modules():
             getattr(module, "split", _nothing)(heads)
         self.key = f"ulysses {alone.key}"
 
@@ -41,20 +41,20 @@ class Ulysses(Kernel):
     def prepare(self, context: Context) -> Any:
         if context.row.size == 1:
             return self.alone.prepare(context)
-        return self.spread.prepare(self._of_whole_rows(context))
+        return self.on_heads.prepare(self._of_whole_rows(context))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.row.size == 1:
             y: Tensor = self.alone(q, k, v, self._told(self.alone, context))
             return y
-        y = self.spread(*self._to_heads(q, k, v), self._told(self.spread, self._of_whole_rows(context)))
+        y = self.on_heads(*self._to_heads(q, k, v), self._told(self.on_heads, self._of_whole_rows(context)))
         return self._to_tokens(y)
 
     def with_lse(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         if context.row.size == 1:
             return self.alone.with_lse(q, k, v, self._told(self.alone, context))
-        context = self._told(self.spread, self._of_whole_rows(context))
-        y, lse = self.spread.with_lse(*self._to_heads(q, k, v), context)
+        context = self._told(self.on_heads, self._of_whole_rows(context))
+        y, lse = self.on_heads.with_lse(*self._to_heads(q, k, v), context)
         both = self._to_tokens(torch.cat((y, lse[..., None].to(y.dtype)), dim=-1))
         return both[..., :-1], both[..., -1].float()
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,15 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
-from titan_lite.parallel.mesh import make_expert_mesh, make_mesh
+from titan_lite.parallel.mesh import SAME_LAYERS, make_expert_mesh, make_mesh
 from titan_lite.run.environment import STORE
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
+    from titan_lite.parallel.pipeline.stage import PipelinedTransformer
+
+LossOf: TypeAlias = "Callable[[Transformer], Tensor]"
+"""A micro-batch's loss, given the model; given a pipeline stage, that stage's part of it."""
 
 SAVE_TIMEOUT = timedelta(days=1)
 """Ranks wait for each other while a checkpoint is written, however slow the disk."""
@@ -237,24 +244,43 @@ class World:
         """
         return numbers.tolist()
 
-    def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
+    def total_of_layers(self, value: Tensor) -> Tensor:
+        """As `total_tensor`, of the ranks that have the same layers; each pipeline rank its own."""
+        if self.stages is None:
+            return self.total_tensor(value)
+        assert self.mesh is not None
+        summed = value.clone()
+        dist.all_reduce(summed, group=self.mesh[SAME_LAYERS].get_group())
+        return summed if self.tp_size == 1 else summed / self.tp_size
+
+    def merged(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks have found out about their layers, on every rank."""
+        if self.stages is None:
+            return found
+        of_each = self.gather({name: value.item() for name, value in found.items()})
+        return {name: torch.tensor(value) for its in reversed(of_each) for name, value in its.items()}
+
+    def forward_backward(self, model: Transformer, losses: Iterable[LossOf], last: int) -> Tensor:
         """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.
 
-        Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, and over replicas
-        after the last one only. `losses` are thunks, `last` the index of the last one.
+        Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, or after each run
+        of the pipeline's schedule, and over replicas after the last one only. `last` is the index of the last loss.
         """
+        if self.stages is not None:
+            return cast("PipelinedTransformer", model).pipeline.forward_backward(list(losses))
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, loss_of in enumerate(losses):
             if isinstance(model, FSDPModule):
                 model.set_requires_all_reduce(index == last)
-            loss = loss_of()
+            loss = loss_of(model)
             loss.backward()
             total += loss.detach()
         return total
 
     def materialize(self, model: nn.Module, device: torch.device) -> None:
         """Gives the parameters of a sharded model on the meta device their memory, not yet their values."""
-        model.to_empty(device=device)
+        for part in getattr(model, "stages", (model,)):
+            part.to_empty(device=device)
 
     def close(self) -> None:
         """Leaves the process group that `connect` joined."""

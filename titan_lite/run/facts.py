@@ -21,9 +21,11 @@ if TYPE_CHECKING:
 def run_facts(trainer: Trainer) -> RunFacts:
     """Gathers the facts that hooks show and log."""
     job, training, progress, world = trainer.job, trainer.training, trainer.progress, trainer.world
-    sizes = {name: parameter.numel() for name, parameter in training.model.named_parameters()}
+    with torch.device("meta"):  # a rank may hold some layers only
+        model: Transformer = job.model.build(vocab_size=training.model.vocab_size)
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     embedding = sum(size for name, size in sizes.items() if training.specs[name].role == "embed")
-    active = active_parameters(training.model, training.specs)
+    active = active_parameters(model, training.specs)
     name = device_name(world.device)
     n_keys = job.model.memory.keys(job.training.seq_len)
     dtype = str(trainer.precision.param).removeprefix("torch.")
@@ -32,10 +34,10 @@ def run_facts(trainer: Trainer) -> RunFacts:
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(training.model, training.specs, n_keys)
-        + anew_flops_per_token(training.model, job.model.memory.anew(job.training.seq_len)),
+        flops_per_token=training_flops_per_token(model, training.specs, n_keys)
+        + anew_flops_per_token(model, job.model.memory.anew(job.training.seq_len)),
         layout=f"{world.layout}, {dtype} compute",
-        kernels=attention_kernels(training.model, world.device, job.training.seq_len, n_keys),
+        kernels=attention_kernels(model, world.device, job.training.seq_len, n_keys),
         device=name,
         peak_flops=peak_flops(name),
         world_size=world.size,

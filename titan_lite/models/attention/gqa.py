@@ -60,6 +60,9 @@ class GroupedAttention(HeadAttention):
         def groups(self) -> int:
             return self.n_kv_heads or self.n_heads
 
+        def leaves(self, dim: int) -> dict[str, tuple[int, int]]:
+            return dict.fromkeys(self.value_mix.leaves, self.value_shape(dim))
+
         def kept(self, dim: int) -> Kept:
             n_kv_heads, value_dim = self.value_shape(dim)
             return Kept((n_kv_heads, self.width(dim)), (n_kv_heads, value_dim))

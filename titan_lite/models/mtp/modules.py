@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class SequentialModules(MTP):
 
     class Config(MTP.Config):
         type: Literal["modules"] = "modules"
+        embeds: ClassVar[bool] = True
         depth: PositiveInt = 1
         """Modules D: tokens that are predicted behind the next one."""
         weight: PositiveFloat = 0.3
