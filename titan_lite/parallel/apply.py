@@ -31,7 +31,7 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
             overlap(axes[precision.master])
     apply_activation_checkpointing(model, job.activation_checkpoint)
     draw_memory_budgets(job.activation_checkpoint, Path(job.job.dump_folder))
-    compile_blocks(model, job.compile)
+    compile_blocks(model, job.compile, job.activation_checkpoint)
     offload = job.training.enable_cpu_offload
     if world.mesh is not None:
         reshard = job.parallelism.fsdp_reshard_after_forward

@@ -1,0 +1,95 @@
+"""What a job may be laid out and computed with, as factors beside those of the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.combinations.covering import Setting
+from tests.combinations.factors import Factor, Level, factors
+from tests.composition.layouts import LAYOUTS
+from tests.parallel.twins import ROWS
+from titan_lite.parallel.quantize import FLOAT8
+
+LAYOUT, KIND = "parallelism", "kind of layout"
+MICRO_BATCHES = "training.local_batch_size"
+COMPILED: dict[str, Any] = {"enable": True, "backend": "aot_eager"}
+EAGER: dict[str, dict[str, Any]] = {
+    LAYOUT: {layout.name: dict(layout.parallelism) for layout in LAYOUTS},
+    "activation_checkpoint": {
+        "none": {"mode": "none"},
+        "full": {"mode": "full"},
+        "every second block": {"mode": "selective", "selective_ac_option": "2"},
+        "per op": {"mode": "selective", "selective_ac_option": "op"},
+        "full, offloaded": {"mode": "full", "offload": True},
+    },
+    MICRO_BATCHES: {"whole": ROWS, "accumulated": 1},
+    "training.loss_chunk_tokens": {"at once": 0, "chunks": 24},
+    "training.enable_cpu_offload": {"False": False, "True": True},
+    "training.enable_optimizer_offload": {"False": False, "True": True},
+}
+"""{key: {level: value}}, the plainest level first. They leave what is computed as it is: equal up to the order of
+sums to one process at the first level of each. For micro-batches the value is replaced by a rank's rows, or half."""
+COMPILER: dict[str, dict[str, Any]] = {
+    "activation_checkpoint": EAGER["activation_checkpoint"] | {"memory budget": {"mode": "memory_budget"}},
+    "compile": {"aot_eager": COMPILED},
+}
+"""Those of a compiled model, beside the others of `EAGER`."""
+ROUNDED: dict[str, dict[str, Any]] = {
+    "training.mixed_precision_param": {"float32": "float32", "bfloat16": "bfloat16"},
+    "training.dtype": {"float32": "float32", "bfloat16": "bfloat16"},
+    "model.converters": {"none": [], "float8": [FLOAT8]},
+}
+"""They round: near to one process at the first level of each."""
+OF_FLOAT8: dict[str, dict[str, Any]] = {
+    f"{FLOAT8}.recipe_name": {n: n for n in ("tensorwise", "rowwise", "rowwise_with_gw_hp")},
+    f"{FLOAT8}.enable_fsdp_float8_all_gather": {"False": False, "True": True},
+}
+"""In the table of the converter."""
+STORED = "model.param_dtype"
+"""The factor of the model that rounds: some parameters rest in another dtype."""
+PLAIN = {key: next(iter(levels.values())) for key, levels in (EAGER | ROUNDED).items()} | {"compile": {}}
+
+
+def model_factors() -> dict[str, Factor]:
+    """What a model can be made of, but for stored dtypes."""
+    return {key: factor for key, factor in factors().items() if key != STORED}
+
+
+def eager_factors() -> dict[str, Factor]:
+    """Of fp32, not compiled."""
+    return model_factors() | _factors(EAGER)
+
+
+def compiled_factors() -> dict[str, Factor]:
+    """Of fp32, compiled."""
+    return model_factors() | _factors(EAGER | COMPILER)
+
+
+def rounded_factors() -> dict[str, Factor]:
+    """Of all there is."""
+    techniques = EAGER | {"compile": {"off": {}, **COMPILER["compile"]}} | ROUNDED
+    inner = {key: _factor(key, levels, "model.converters", "float8") for key, levels in OF_FLOAT8.items()}
+    return factors() | _factors(techniques) | inner
+
+
+def _factors(techniques: dict[str, dict[str, Any]]) -> dict[str, Factor]:
+    kinds = [Level(kind, None, frozenset()) for kind in dict.fromkeys(layout.kind for layout in LAYOUTS)]
+    of_kinds = [Level(each.name, dict(each.parallelism), frozenset({each.kind})) for each in LAYOUTS]
+    layouts = {
+        KIND: Factor(KIND, (KIND,), "", tuple(kinds), frozenset()),
+        LAYOUT: Factor(LAYOUT, (LAYOUT,), KIND, tuple(of_kinds), frozenset(level.name for level in kinds)),
+    }
+    return {key: _factor(key, levels) for key, levels in techniques.items() if key != LAYOUT} | layouts
+
+
+def _factor(key: str, levels: dict[str, Any], around: str = "", having: str = "") -> Factor:
+    needs = frozenset({having} if around else ())
+    made = tuple(Level(name, value, needs) for name, value in levels.items())
+    return Factor(key, tuple(key.split(".")), around, made, needs)
+
+
+def rounds(setting: Setting) -> bool:
+    """Whether a setting is one that is only near to what fp32 computes."""
+    key, name = setting
+    plain = {STORED: "{}"} | {key: next(iter(levels)) for key, levels in ROUNDED.items()}
+    return key in OF_FLOAT8 or (key in plain and name != plain[key])
