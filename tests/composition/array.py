@@ -27,7 +27,7 @@ from tests.composition.techniques import (
     rounded_factors,
     rounds,
 )
-from tests.parallel.twins import ROWS
+from tests.parallel.twins import EXACT, ROWS, Tolerance
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.parallel.config import Parallelism
@@ -67,11 +67,10 @@ class Array(NamedTuple):
 
 def arrays() -> tuple[Array, Array, Array]:
     """All three."""
-    compiler = {("compile", "aot_eager"), ("activation_checkpoint", "memory budget")}
     return (
         Array("eager", eager_factors(), _eager),
-        Array("compiled", compiled_factors(), lambda one, other: one in compiler or other in compiler),
         Array("rounded", rounded_factors(), _rounded),
+        Array("compiled", compiled_factors(), _compiled),
     )
 
 
@@ -79,6 +78,12 @@ def _eager(one: Setting, other: Setting) -> bool:
     """Features of the model meet techniques and kinds of layouts, techniques each other and every layout."""
     techniques = {one[0], other[0]} & {KIND, *EAGER}
     return len(techniques) == 2 or (bool(techniques) and techniques != {LAYOUT} and ONE not in (one, other))
+
+
+def _compiled(one: Setting, other: Setting) -> bool:
+    """Everything meets the compiler, and the budget that it keeps to; layouts do by their kind."""
+    compiler = {("compile", "aot_eager"), ("activation_checkpoint", "memory budget")}
+    return bool(compiler & {one, other}) and LAYOUT not in (one[0], other[0])
 
 
 def _rounded(one: Setting, other: Setting) -> bool:
@@ -130,3 +135,11 @@ def text_of(row: Row, factors: Mapping[str, Factor]) -> str:
     """What is not the default."""
     first = {key: factor.levels[0].name for key, factor in factors.items()}
     return ", ".join(f"{key}={name}" for key, name in row.items() if name not in (first[key], ABSENT))
+
+
+ROUNDED = Tolerance(loss=1.0, norm=1.0, gradient=10.0, weight=1.0)
+
+
+def tolerance_of(row: Row) -> Tolerance:
+    """How near a job has to be to the one in one process."""
+    return ROUNDED if any(map(rounds, row.items())) else EXACT

@@ -8,8 +8,11 @@ from tests.combinations.covering import Setting
 from tests.combinations.factors import Factor, Level, factors
 from tests.composition.layouts import LAYOUTS
 from tests.parallel.twins import ROWS
+from titan_lite.config.features import choices
+from titan_lite.models.ffn import FFN
 from titan_lite.parallel.quantize import FLOAT8
 
+DIM = 64
 LAYOUT, KIND = "parallelism", "kind of layout"
 MICRO_BATCHES = "training.local_batch_size"
 COMPILED: dict[str, Any] = {"enable": True, "backend": "aot_eager"}
@@ -51,25 +54,32 @@ PLAIN = {key: next(iter(levels.values())) for key, levels in (EAGER | ROUNDED).i
 
 
 def model_factors() -> dict[str, Factor]:
-    """What a model can be made of, but for stored dtypes."""
-    return {key: factor for key, factor in factors().items() if key != STORED}
+    """What a model can be made of, and its width: a quarter of which float8 still takes, for four ranks."""
+    wide = frozenset(name for name, choice in choices(FFN.Config) if "hidden" in choice.model_fields)
+    hidden = Factor("model.ffn.hidden", ("model", "ffn", "hidden"), "model.ffn", (Level("64", DIM, wide),), wide)
+    dim = Factor("model.dim", ("model", "dim"), "", (Level("64", DIM, frozenset()),), frozenset())
+    return factors() | {hidden.key: hidden, dim.key: dim}
 
 
 def eager_factors() -> dict[str, Factor]:
     """Of fp32, not compiled."""
-    return model_factors() | _factors(EAGER)
+    return _of_fp32(model_factors()) | _factors(EAGER)
 
 
 def compiled_factors() -> dict[str, Factor]:
     """Of fp32, compiled."""
-    return model_factors() | _factors(EAGER | COMPILER)
+    return _of_fp32(model_factors()) | _factors(EAGER | COMPILER)
 
 
 def rounded_factors() -> dict[str, Factor]:
     """Of all there is."""
     techniques = EAGER | {"compile": {"off": {}, **COMPILER["compile"]}} | ROUNDED
     inner = {key: _factor(key, levels, "model.converters", "float8") for key, levels in OF_FLOAT8.items()}
-    return factors() | _factors(techniques) | inner
+    return model_factors() | _factors(techniques) | inner
+
+
+def _of_fp32(found: dict[str, Factor]) -> dict[str, Factor]:
+    return {key: factor for key, factor in found.items() if key != STORED}
 
 
 def _factors(techniques: dict[str, dict[str, Any]]) -> dict[str, Factor]:

@@ -29,7 +29,7 @@ def convert_linears(model: nn.Module, job: Job, world: World) -> None:
     settings, makers = job.quantize.linear, {FLOAT8: _float8, MX: _mx}
     tables: dict[str, Float8Linear | MXLinear] = {FLOAT8: settings.float8, MX: settings.mx}
     for name in job.model.converters:
-        selection = tables[name].selection(model)
+        selection = tables[name].selection(model, world.tp_size)
         convert = makers[name](job, world)
         for module in selection.chosen.values():
             _become(module, convert(module))

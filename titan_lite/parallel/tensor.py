@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -172,6 +172,22 @@ def place(style: Style, shape: torch.Size, rank: int, size: int) -> tuple[Placem
     assert size % groups == 0, f"{groups} parts for {size} ranks"
     count = shape[0] // groups
     return Replicate(), Local("rows", rank * groups // size * count, count)
+
+
+def local_shapes(model: nn.Module, size: int) -> dict[nn.Module, Sequence[int]]:
+    """{module with a weight: the shape of what one of `size` ranks reads of it}, where the weight can be cut so."""
+    found: dict[nn.Module, Sequence[int]] = {}
+    for module, of in styles(model).items():
+        if (style := of.get("weight")) is None:
+            continue
+        first, *others = cast(Tensor, module.weight).shape
+        if style.word == "col":
+            groups = style.groups or first
+            first = first // groups * max(1, groups // size)
+        elif style.word == "row":
+            others = [others[0] // size, *others[1:]]
+        found[module] = (first, *others)
+    return found
 
 
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[torch.dtype, DeviceMesh]) -> None:
