@@ -15,7 +15,6 @@ from tests.combinations.factors import ABSENT, Factor, Row, plain_row, tables_of
 from tests.combinations.refusals import refused
 from tests.composition.layouts import BY_NAME, LAYOUTS, Layout
 from tests.composition.techniques import (
-    COMPILER,
     EAGER,
     KIND,
     LAYOUT,
@@ -31,7 +30,6 @@ from tests.parallel.twins import EXACT, ROWS, Tolerance
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.parallel.config import Parallelism
-
 
 ONE: Setting = (KIND, LAYOUTS[0].kind)
 """No technique: what features meet in it, they meet in others."""
@@ -108,8 +106,10 @@ class Pair(NamedTuple):
 
 
 def pair(row: Row, factors: Mapping[str, Factor], folder: Path) -> Pair:
-    """The job of a row, and the same without techniques: in one micro-batch, or where what is computed depends on how
-    the batch is cut, in the same ones."""
+    """The job of a row, and the same without techniques, its weights at rest in the same dtypes.
+
+    In one micro-batch; where what is computed depends on how the batch is cut, in the same ones.
+    """
     several = tables_of(row, factors, folder)
     layout = layout_of(row)
     groups = Parallelism(**layout.parallelism).data_parallel_degree(layout.ranks)
@@ -117,7 +117,10 @@ def pair(row: Row, factors: Mapping[str, Factor], folder: Path) -> Pair:
     rows = ROWS // groups // (1 if row[MICRO_BATCHES] == "whole" else 2)
     several["training"]["local_batch_size"] = rows
     one = tables_of(row, factors, folder)
-    for key, value in (PLAIN | {MICRO_BATCHES: rows if cut_matters(row) else ROWS}).items():
+    plain = PLAIN | {MICRO_BATCHES: rows if cut_matters(row) else ROWS}
+    if row.get("training.dtype") == "bfloat16":
+        del plain["training.mixed_precision_param"]
+    for key, value in plain.items():
         *path, name = key.split(".")
         table = one
         for part in path:

@@ -51,6 +51,7 @@ OF_FLOAT8: dict[str, dict[str, Any]] = {
 STORED = "model.param_dtype"
 """The factor of the model that rounds: some parameters rest in another dtype."""
 PLAIN = {key: next(iter(levels.values())) for key, levels in (EAGER | ROUNDED).items()} | {"compile": {}}
+del PLAIN["training.dtype"]  # what is at rest, a checkpoint does not cast
 
 
 def model_factors() -> dict[str, Factor]:

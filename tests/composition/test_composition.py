@@ -1,7 +1,7 @@
 """Every feature of a model with every technique: a sample here, all of it behind the marker `campaign`.
 
-    python -m pytest -m campaign tests/composition        every job of the arrays: half an hour of two quiet cores
-    python -m tests.composition                           the same, and the table in docs/composition.md
+python -m pytest -m campaign tests/composition        every job of the arrays: half an hour of two quiet cores
+python -m tests.composition                           the same, and the table in docs/composition.md
 """
 
 from __future__ import annotations

@@ -57,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
     "ngpt": NGPT,
+    "units of matrices alone": {"norm": "l2"},
 }
 
 

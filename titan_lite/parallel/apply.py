@@ -10,7 +10,7 @@ import torch
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing, draw_memory_budgets
 from titan_lite.parallel.compile import compile_blocks
-from titan_lite.parallel.float8 import convert_linears
+from titan_lite.parallel.float8 import convert_linears, gather_bytes, gathers_in_float8
 from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.tensor import apply_tensor_parallel, overlap
@@ -37,4 +37,6 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
         reshard = job.parallelism.fsdp_reshard_after_forward
         meshes = dict(zip(precision.masters, map(sharding_mesh, existing), strict=True))
         apply_fsdp(model, meshes, precision.param, precision.reduce, reshard, offload)
+        if gathers_in_float8(job, world) and world.device.type == "cpu":
+            gather_bytes(model)
     world.materialize(model, torch.device("cpu") if offload else world.device)

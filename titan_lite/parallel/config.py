@@ -152,7 +152,9 @@ class ActivationCheckpoint(ConfigBase):
         compiled = job.compile.enable and "model" in job.compile.components
         if self.mode == "memory_budget":
             if not compiled:
-                why = "is a choice of torch.compile's partitioner, which compile.enable and compile.components leave out"
+                why = (
+                    "is a choice of torch.compile's partitioner, which compile.enable and compile.components leave out"
+                )
                 allowed = 'compile.enable = true with "model" in compile.components, or another mode'
                 yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
             elif job.compile.backend not in _PARTITIONING:

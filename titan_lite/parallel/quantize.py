@@ -30,10 +30,10 @@ FLOAT8: Final = "quantize.linear.float8"
 MX: Final = "quantize.linear.mx"
 AUTO_FILTER: Final = "auto_filter_small_kn"
 _NOT_FOR_OUR_EXPERTS: Final = {
-    "quantize.grouped_mm.float8": "experts are not converted; torchao's grouped float8 product takes Triton kernels, and "
-    "its emulation does not pad the experts' tokens to the multiples of 16 that it wants",
-    "quantize.grouped_mm.mx": "experts are not converted to torchao's grouped MXFP8 product, which pads their tokens to "
-    "multiples of 32",
+    "quantize.grouped_mm.float8": "experts are not converted; torchao's grouped float8 product takes Triton kernels, "
+    "and its emulation does not pad the experts' tokens to the multiples of 16 that it wants",
+    "quantize.grouped_mm.mx": "experts are not converted to torchao's grouped MXFP8 product, which pads their tokens "
+    "to multiples of 32",
 }
 
 
@@ -83,7 +83,8 @@ class Float8Linear(LinearConverter):
     """
     filter_fqns: Strings = ()
     """Names of modules that stay as they are, such as "attention.q" or "stack.blocks.0"; "auto_filter_small_kn" =
-    those too small to profit. Widths that 16 does not divide stay too; head, embedding, router and experts always."""
+    those too small to profit. Widths that 16 does not divide stay too, under tensor parallelism those of a rank's part;
+    head, embedding, router and experts always."""
     emulate: bool = False
     """Compute in high precision with float8 rounding, for devices without float8."""
 

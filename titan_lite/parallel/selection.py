@@ -31,9 +31,7 @@ def whole(layer: nn.Linear) -> Sequence[int]:
     return layer.weight.shape
 
 
-def select(
-    model: nn.Module, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths = whole
-) -> Selection:
+def select(model: nn.Module, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths = whole) -> Selection:
     """The linear layers of `model` that no filter names and no `rejects` rules out.
 
     A filter names a part of the model by some of the words of its name, in order: "stack.blocks.1" names block 1 and
@@ -73,9 +71,7 @@ def too_small(recipe: str) -> Reject:
     return lambda d_out, d_in: "too small to gain by it" if slow[recipe](d_out, d_in) else ""
 
 
-def _reason(
-    name: str, module: nn.Linear, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths
-) -> str:
+def _reason(name: str, module: nn.Linear, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths) -> str:
     if name.startswith("head."):
         return "of the head, multiplied in the loss"
     if any(_is_in(each, name) for each in filters):
