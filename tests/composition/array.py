@@ -1,7 +1,7 @@
 """The covering arrays: few jobs in which every feature of the model meets every technique, and techniques each other.
 
-Three of them: what is compiled costs ten times as much to try, so that it has an array of its own, of few rows; and so
-has what rounds, since rounding hides what the order of sums does not.
+What is compiled costs ten times as much to try, so that it has an array of its own, of few rows; and so has what
+rounds, since rounding hides what the order of sums does not.
 """
 
 from __future__ import annotations
@@ -63,12 +63,13 @@ class Array(NamedTuple):
         return ""
 
 
-def arrays() -> tuple[Array, Array, Array]:
-    """All three."""
+def arrays() -> tuple[Array, ...]:
+    """All of them."""
     return (
         Array("eager", eager_factors(), _eager),
         Array("rounded", rounded_factors(), _rounded),
-        Array("compiled", compiled_factors(), _compiled),
+        Array("compiled", compiled_factors("aot_eager"), _compiled),
+        Array("inductor", compiled_factors("inductor"), _inductor),
     )
 
 
@@ -82,6 +83,11 @@ def _compiled(one: Setting, other: Setting) -> bool:
     """Everything meets the compiler, and the budget that it keeps to; layouts do by their kind."""
     compiler = {("compile", "aot_eager"), ("activation_checkpoint", "memory budget")}
     return bool(compiler & {one, other}) and LAYOUT not in (one[0], other[0])
+
+
+def _inductor(one: Setting, other: Setting) -> bool:
+    """Kinds of layouts and of checkpointing meet the compiler that takes the longest."""
+    return ("compile", "inductor") in (one, other) and bool({one[0], other[0]} & {KIND, "activation_checkpoint"})
 
 
 def _rounded(one: Setting, other: Setting) -> bool:

@@ -168,17 +168,17 @@ ABOUT = """# Composition: every feature with every technique
 Written by `python -m tests.composition` on {when}, on {machine}: {jobs} jobs, of which {failed} differ.
 
 A job is a model of two layers with a choice for every slot, and a way to lay it out and compute it. The jobs are
-covering arrays (`tests/composition/array.py`): every feature stands with every technique in some job, and techniques with
-each other, unless the config check refuses the two together. Each is compared with the same model in one process, eager,
-in one micro-batch (in the same micro-batches where a feature takes statistics over them), without recomputation and
-offloading: the losses and gradient norms of three steps of SGD, the gradient of each tensor in the first step, each
-tensor after the third, the names of all. A checkpoint of each then goes on in the other, with the loss of the run that
-goes on by itself ("resumed").
+covering arrays (`tests/composition/array.py`): every feature stands with every technique in some job, and techniques
+with each other, unless the config check refuses the two together. Each is compared with the same model in one
+process, eager, in one micro-batch (in the same micro-batches where a feature takes statistics over them), without
+recomputation and offloading: the losses and gradient norms of three steps of SGD, the gradient of each tensor in the
+first step, each tensor after the third, the names of all. A checkpoint of each then goes on in the other, with the
+loss of the run that goes on by itself ("resumed").
 
 - float32: losses, norms and resumed losses within {rtol:g} of each other, gradients and weights within {gradient:g} of
   their norm (a gradient of less than 1 % of the norm of all counts as if it had that).
-- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes: losses
-  within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g}, weights within
+- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes:
+  losses within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g}, weights within
   {rounded_weight:g}.
 
 In the table of features, = is equal within these bounds, [n] is refused for the reason below, and a blank was not

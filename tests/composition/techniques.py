@@ -15,7 +15,7 @@ from titan_lite.parallel.quantize import FLOAT8
 DIM = 64
 LAYOUT, KIND = "parallelism", "kind of layout"
 MICRO_BATCHES = "training.local_batch_size"
-COMPILED: dict[str, Any] = {"enable": True, "backend": "aot_eager"}
+COMPILED = {name: {"enable": True, "backend": name} for name in ("aot_eager", "inductor")}
 EAGER: dict[str, dict[str, Any]] = {
     LAYOUT: {layout.name: dict(layout.parallelism) for layout in LAYOUTS},
     "activation_checkpoint": {
@@ -32,11 +32,8 @@ EAGER: dict[str, dict[str, Any]] = {
 }
 """{key: {level: value}}, the plainest level first. They leave what is computed as it is: equal up to the order of
 sums to one process at the first level of each. For micro-batches the value is replaced by a rank's rows, or half."""
-COMPILER: dict[str, dict[str, Any]] = {
-    "activation_checkpoint": EAGER["activation_checkpoint"] | {"memory budget": {"mode": "memory_budget"}},
-    "compile": {"aot_eager": COMPILED},
-}
-"""Those of a compiled model, beside the others of `EAGER`."""
+BUDGET = {"memory budget": {"mode": "memory_budget"}}
+"""The checkpointing of compiled models alone."""
 ROUNDED: dict[str, dict[str, Any]] = {
     "training.mixed_precision_param": {"float32": "float32", "bfloat16": "bfloat16"},
     "training.dtype": {"float32": "float32", "bfloat16": "bfloat16"},
@@ -67,14 +64,15 @@ def eager_factors() -> dict[str, Factor]:
     return _of_fp32(model_factors()) | _factors(EAGER)
 
 
-def compiled_factors() -> dict[str, Factor]:
-    """Of fp32, compiled."""
-    return _of_fp32(model_factors()) | _factors(EAGER | COMPILER)
+def compiled_factors(backend: str) -> dict[str, Factor]:
+    """Of fp32, compiled by a backend."""
+    checkpointing = {"activation_checkpoint": EAGER["activation_checkpoint"] | BUDGET}
+    return _of_fp32(model_factors()) | _factors(EAGER | checkpointing | {"compile": {backend: COMPILED[backend]}})
 
 
 def rounded_factors() -> dict[str, Factor]:
     """Of all there is."""
-    techniques = EAGER | {"compile": {"off": {}, **COMPILER["compile"]}} | ROUNDED
+    techniques = EAGER | {"compile": {"off": {}, "aot_eager": COMPILED["aot_eager"]}} | ROUNDED
     inner = {key: _factor(key, levels, "model.converters", "float8") for key, levels in OF_FLOAT8.items()}
     return model_factors() | _factors(techniques) | inner
 
