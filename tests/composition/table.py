@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tests.combinations.covering import Setting
-from tests.composition.array import ROUNDED
+from tests.composition.array import ROUNDED, ROUTED
 from tests.composition.campaign import Campaign
 from tests.composition.case import Outcome
 from tests.composition.layouts import LAYOUTS
@@ -162,6 +162,7 @@ CONSTANTS: Mapping[str, float] = {
     "rounded_norm": ROUNDED.norm,
     "rounded_gradient": ROUNDED.gradient,
     "rounded_weight": ROUNDED.weight,
+    "routed": ROUTED.gradient,
 }
 ABOUT = """# Composition: every feature with every technique
 
@@ -177,9 +178,9 @@ loss of the run that goes on by itself ("resumed").
 
 - float32: losses, norms and resumed losses within {rtol:g} of each other, gradients and weights within {gradient:g} of
   their norm (a gradient of less than 1 % of the norm of all counts as if it had that).
-- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes:
-  losses within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g}, weights within
-  {rounded_weight:g}.
+- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes: losses
+  within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g} (with experts {routed:g}:
+  rounding sends some tokens to others), weights within {rounded_weight:g}.
 
 In the table of features, = is equal within these bounds, [n] is refused for the reason below, and a blank was not
 tried; "gradient" and "rounded" are the largest differences of a gradient in float32 and in jobs that round.
