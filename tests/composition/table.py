@@ -81,37 +81,44 @@ class Findings:
         return f"{max(found):.0e}" if found else ""
 
 
-def features(campaigns: Sequence[Campaign]) -> list[Setting]:
-    """Every setting of the model that is one of several."""
-    factors = {key: factor for campaign in campaigns for key, factor in campaign.array.factors.items()}
-    return [
-        (key, level.name)
-        for key, factor in factors.items()
-        if key.startswith("model.") and len(factor.levels) > 1 and key not in (STORED, "model.converters")
-        for level in factor.levels
-    ]
+def levels(campaigns: Sequence[Campaign]) -> dict[str, list[str]]:
+    """{factor: its levels in any of the arrays}."""
+    found: dict[str, dict[str, None]] = {}
+    for campaign in campaigns:
+        for key, factor in campaign.array.factors.items():
+            found.setdefault(key, {}).update(dict.fromkeys(level.name for level in factor.levels))
+    return {key: list(names) for key, names in found.items()}
+
+
+def of_the_model(key: str) -> bool:
+    """Whether a factor is a feature, and no technique."""
+    return key.startswith("model.") and key not in (STORED, "model.converters")
 
 
 def techniques_table(findings: Findings, rounded: bool) -> list[str]:
     """A line for each level of each technique: the largest differences of its jobs."""
     lines = [f"| technique | jobs | {' | '.join(MEASURES)} |", "|---|---:|" + "---:|" * len(MEASURES)]
-    factors = {key: factor for campaign in findings.campaigns for key, factor in campaign.array.factors.items()}
-    keys = [key for key in factors if not key.startswith("model.") or key in (STORED, "model.converters")]
-    for key in keys:
-        for level in factors[key].levels if key != KIND else ():
-            outcomes = findings.outcomes((key, level.name), rounded=rounded)
-            if rounded and key not in {LAYOUT, "compile", *OF_FLOAT8} and not rounds((key, level.name)):
+    for key, names in levels(findings.campaigns).items():
+        for name in names if not of_the_model(key) and key != KIND else ():
+            outcomes = findings.outcomes((key, name), rounded=rounded)
+            if rounded and key not in {LAYOUT, "compile", *OF_FLOAT8} and not rounds((key, name)):
                 continue
             if outcomes:
                 numbers = " | ".join(findings.largest(outcomes, measure) for measure in MEASURES)
-                lines.append(f"| `{key}` {level.name} | {len(outcomes)} | {numbers} |")
+                lines.append(f"| `{key}` {name} | {len(outcomes)} | {numbers} |")
     return lines
 
 
 def features_table(findings: Findings) -> list[str]:
     titles = " | ".join(column.title for column in COLUMNS)
     lines = [f"| feature | {titles} | gradient | rounded |", "|---|" + ":-:|" * len(COLUMNS) + "---:|---:|"]
-    for setting in features(findings.campaigns):
+    features = [
+        (key, name)
+        for key, names in levels(findings.campaigns).items()
+        for name in names
+        if of_the_model(key) and len(names) > 1
+    ]
+    for setting in features:
         cells = " | ".join(findings.cell(setting, column.setting) for column in COLUMNS)
         exact = findings.largest(findings.outcomes(setting, rounded=False), "gradient")
         rounded = findings.largest(findings.outcomes(setting, rounded=True), "gradient")
@@ -125,8 +132,7 @@ def refused_techniques(findings: Findings) -> list[str]:
     lines = []
     for campaign in findings.campaigns:
         for (one, other), reason in campaign.refused.items():
-            models = [key.startswith("model.") and not rounds((key, name)) for key, name in (one, other)]
-            if not any(models) and {one[0], other[0]} != {KIND, LAYOUT}:
+            if not (of_the_model(one[0]) or of_the_model(other[0])):
                 lines.append(f"- `{one[0]}` {one[1]} with `{other[0]}` {other[1]}: {reason}")
     return list(dict.fromkeys(lines))
 
@@ -178,9 +184,9 @@ loss of the run that goes on by itself ("resumed").
 
 - float32: losses, norms and resumed losses within {rtol:g} of each other, gradients and weights within {gradient:g} of
   their norm (a gradient of less than 1 % of the norm of all counts as if it had that).
-- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes: losses
-  within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g} (with experts {routed:g}:
-  rounding sends some tokens to others), weights within {rounded_weight:g}.
+- What rounds (computation in bfloat16, float8) is compared with float32, with weights at rest in the same dtypes:
+  losses within {rounded_loss:g}, norms within {rounded_norm:g}, gradients within {rounded_gradient:g} (with experts
+  {routed:g}: rounding sends some tokens to others), weights within {rounded_weight:g}.
 
 In the table of features, = is equal within these bounds, [n] is refused for the reason below, and a blank was not
 tried; "gradient" and "rounded" are the largest differences of a gradient in float32 and in jobs that round.
