@@ -165,7 +165,9 @@ class ActivationCheckpoint(ConfigBase):
         compiled = job.compile.enable and "model" in job.compile.components
         if self.mode == "memory_budget":
             if not compiled:
-                why = "is a choice of torch.compile's partitioner, but the model is not compiled"
+                why = (
+                    "is a choice of torch.compile's partitioner, which compile.enable and compile.components leave out"
+                )
                 allowed = 'compile.enable = true with "model" in compile.components, or another mode'
                 yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
             elif job.compile.backend not in _PARTITIONING:
@@ -190,9 +192,10 @@ class ActivationCheckpoint(ConfigBase):
     def _uneven_problems(self, job: Job) -> Iterator[Problem]:
         every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
         if every > 1 and set(executed[every - 1 :: every]) & {b for i, b in enumerate(executed) if (i + 1) % every}:
-            kind = job.model.stack.model_dump()["type"]
-            why = f'counts executed layers, but with model.stack.type = "{kind}" a block runs several times, which '
-            why += "may not be now checkpointed and now not"
+            stack = job.model.stack.model_dump()
+            why = f'counts executed layers, but with model.stack.type = "{stack["type"]}" '
+            why += f'and model.stack.scope = "{stack["scope"]}" ' if "scope" in stack else ""
+            why += "a block runs several times, which may not be now checkpointed and now not"
             allowed = '"op", a number that meets the same blocks each time, or mode "full" or "none"'
             yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
 

@@ -76,8 +76,9 @@ def gathered_parameters(model: nn.Module) -> Iterator[Tensor | None]:
 
 
 def _only_tables(embedding: nn.Module) -> bool:
-    """Whether rows are all it takes of its parameters: backward needs their numbers, not what is in them."""
-    return {spec.role for spec in collect_specs(embedding).values()} == {"embed"}
+    """Whether rows are all it takes of its parameters: backward needs their numbers, not what is in them. A matrix that
+    widens rows sums over them."""
+    return all(spec.role == "embed" and spec.fan_in == 1 for spec in collect_specs(embedding).values())
 
 
 def _keep_through_backward(model: Transformer, units: Sequence[nn.Module]) -> None:

@@ -176,6 +176,22 @@ def place(style: Style, shape: torch.Size, rank: int, size: int) -> tuple[Placem
     return Replicate(), Local("rows", rank * groups // size * count, count)
 
 
+def local_shapes(model: nn.Module, size: int) -> dict[nn.Module, Sequence[int]]:
+    """{module with a weight: the shape of what one of `size` ranks reads of it}, where the weight can be cut so."""
+    found: dict[nn.Module, Sequence[int]] = {}
+    for module, of in styles(model).items():
+        if (style := of.get("weight")) is None:
+            continue
+        first, *others = cast(Tensor, module.weight).shape
+        if style.word == "col":
+            groups = style.groups or first
+            first = first // groups * max(1, groups // size)
+        elif style.word == "row":
+            others = [others[0] // size, *others[1:]]
+        found[module] = (first, *others)
+    return found
+
+
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[torch.dtype, DeviceMesh]) -> None:
     """Splits a model on the meta device over the ranks of `mesh`, in place.
 
