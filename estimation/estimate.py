@@ -52,6 +52,8 @@ class Estimate:
     """Whether something counts as on the device that the job keeps in host memory, or does not keep."""
     layers_traced: int
     layers: int
+    rehearsal: Rehearsal
+    """The step itself, operation by operation."""
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -159,6 +161,7 @@ def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | N
         upper_bound=any(_less_than_counted(job)),
         layers_traced=rehearsal.layers_traced,
         layers=rehearsal.layers,
+        rehearsal=rehearsal,
     )
 
 
