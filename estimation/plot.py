@@ -97,10 +97,10 @@ def _legends(axes: Axes, layouts: Sequence[str], modes: Sequence[str]) -> None:
     forms = [mark(mode, marker=MARKERS[number % len(MARKERS)], color="dimgrey") for number, mode in enumerate(modes)]
     forms.append(mark("does not fit", marker="o", markerfacecolor="none", markeredgecolor="dimgrey"))
     colours = [mark(name, marker="o", color=COLOURS[number % len(COLOURS)]) for number, name in enumerate(layouts)]
-    above = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False, "alignment": "left"}
+    above: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.01, 1.0), "frameon": False, "alignment": "left"}
     first = axes.legend(handles=forms, title="recomputed", **above)
     axes.add_artist(first)
-    beside = above | {"bbox_to_anchor": (1.01, 0.98 - 0.055 * (len(forms) + 1))}
+    beside: dict[str, Any] = above | {"bbox_to_anchor": (1.01, 0.98 - 0.055 * (len(forms) + 1))}
     axes.legend(handles=colours, title="layout", **beside)
 
 

@@ -77,14 +77,16 @@ class EstimateHook(Hook):
             return
         number = result.step - self.facts.start_step
         if number == 1:
-            self._wanted = self.always or self._seconds_to_go(result) >= LONG_ENOUGH_SECONDS
+            self._wanted = self._is_worth_it(result)
             if self._wanted:
                 self._begin()
         elif number == 2 and self.device.type == "cpu":
             self._stop_recording()
         else:
             self._measure(result)
-            self._start()
+            self._wanted = self._is_worth_it(result)  # the first step was slower than all others
+            if self._wanted:
+                self._start()
 
     def on_end(self, reason: str) -> None:
         if self._profile is not None:
@@ -103,8 +105,9 @@ class EstimateHook(Hook):
 
     # ---- what is measured
 
-    def _seconds_to_go(self, result: StepResult) -> float:
-        return result.step_seconds * (self.facts.steps - result.step)
+    def _is_worth_it(self, result: StepResult) -> bool:
+        to_go = result.step_seconds * (self.facts.steps - result.step)
+        return self.always or to_go >= LONG_ENOUGH_SECONDS
 
     def _begin(self) -> None:
         if self.device.type == "cuda":
