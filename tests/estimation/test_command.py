@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from estimation.__main__ import main
-from estimation.devices import NAMES
+from estimation.devices import NAMES, device_of
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_size=1")
@@ -23,7 +23,7 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_config_is_estimated(path: Path, capsys: pytest.CaptureFixture[str]):
-    found = printed(capsys, str(path), *ONE_MICRO_BATCH)
+    found = printed(capsys, str(path), *ONE_MICRO_BATCH, "--no-advice")
     assert found["fits"] is not False  # 8B on one device may: a compiled model holds less
     assert 0 < found["peak_live_gib"] <= found["peak_reserved_gib"]
     assert sum(found["categories"].values()) == pytest.approx(found["peak_live_gib"])
@@ -54,7 +54,7 @@ def test_a_report_for_people(capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
-    arguments = (str(FOLDER / "llama3_8b.toml"), "--device", "rtx3090", "--training.seq_len=256")
+    arguments = (str(FOLDER / "llama3_8b.toml"), "--device", "rtx3090", "--training.seq_len=256", "--no-advice")
     assert printed(capsys, *arguments, "--compile.enable=false")["fits"] is False
     assert printed(capsys, *arguments)["fits"] is None  # a compiled model holds less
 
@@ -80,8 +80,14 @@ def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pyte
         assert words in error
 
 
-def test_what_is_not_there_yet(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["plan", str(FOLDER / "debug.toml"), "--gpus", "8"])
-    assert stopped.value.code == 2
-    assert "not available yet" in capsys.readouterr().err
+def test_a_picture_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "step.png"
+    printed(capsys, str(FOLDER / "debug.toml"), "--training.global_batch_size=16", "--plot", str(picture))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090"])
+def test_devices_by_their_makers_names(name: str):
+    """Which are those that a run's device tells."""
+    expected = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb"}.get(name, "rtx4090")
+    assert device_of(name).name == expected

@@ -147,7 +147,8 @@ class EstimateHook(Hook):
         pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         try:
             self._process = subprocess.Popen([*self.command, *arguments], env=environment, text=True, **pipes)
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
+            if not self.always:  # else the run may come to wait for it
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
         except OSError as error:
             logger.warning("The run is not compared with its estimate: %s", error)
             self._wanted = False
