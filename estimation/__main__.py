@@ -28,6 +28,7 @@ PLAN_DESCRIPTION = """The legal layouts of N devices (replicas, shards, tensor, 
 with what backward recomputes and the size of a micro-batch, by predicted time per token. Keys given on the command line
 stay as they are: they are not searched over."""
 CONFIG_HELP = "the TOML file; any of its keys can be set behind it"
+DEVICE_HELP = "default: h100-80gb; cpu = this machine; an unknown name lists all"
 LAYOUTS = 32
 
 
@@ -121,8 +122,10 @@ def _plan(arguments: Sequence[str]) -> int:
 
 
 def _add_common(parser: argparse.ArgumentParser, picture: str) -> None:
-    parser.add_argument("--device", default="h100-80gb", metavar="NAME", help="default: h100-80gb; cpu = this machine")
-    parser.add_argument("--assume", action="append", default=[], metavar="NAME=VALUE", help="change an assumption")
+    parser.add_argument("--device", default="h100-80gb", metavar="NAME", help=DEVICE_HELP)
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="change one of those listed"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help=f"draw {picture} (extra `plot`)")
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes that estimate; default: the CPUs, at most 8")
