@@ -37,6 +37,8 @@ class Estimate:
     device: Device
     world_size: int
     axes: dict[str, int]
+    rehearsal: Rehearsal
+    """The step itself, operation by operation."""
     memory: Memory
     reserved: int
     """Bytes that torch's caching allocator holds; on a CPU there is none, and they are the live ones."""
@@ -52,8 +54,6 @@ class Estimate:
     """Whether something counts as on the device that the job keeps in host memory, or does not keep."""
     layers_traced: int
     layers: int
-    rehearsal: Rehearsal
-    """The step itself, operation by operation."""
 
     @property
     def tokens_per_second_per_device(self) -> float:
@@ -149,6 +149,7 @@ def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | N
         device=device,
         world_size=world_size,
         axes=rehearsal.axes,
+        rehearsal=rehearsal,
         memory=memory,
         reserved=live if device.is_cpu else replay(rehearsal.trace.events).reserved,
         reserved_expandable=live if device.is_cpu else replay(rehearsal.trace.events, expandable=True).reserved,
@@ -161,7 +162,6 @@ def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | N
         upper_bound=any(_less_than_counted(job)),
         layers_traced=rehearsal.layers_traced,
         layers=rehearsal.layers,
-        rehearsal=rehearsal,
     )
 
 

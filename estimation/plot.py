@@ -117,11 +117,14 @@ def _figure(path: Path) -> Iterator[Axes]:
 
 
 def _seconds(found: Estimate) -> list[float]:
-    """What each stretch of the step takes, as if nothing went on beside it."""
+    """What each stretch of the timeline takes, as if nothing went on beside it."""
     rehearsal = found.rehearsal
-    parts = [(part, events) for part, events in rehearsal.trace.parts() if events and part.phase != "persistent"]
-    traces = [Trace(list(events), [(0, part)]) for part, events in parts]
-    return [compute_of(replace(rehearsal, trace=trace), found.device, found.assumed).seconds for trace in traces]
+    traces = {part: Trace(list(events), [(0, part)]) for part, events in rehearsal.trace.parts()}
+    costs = {
+        part: compute_of(replace(rehearsal, trace=trace), found.device, found.assumed).seconds
+        for part, trace in traces.items()
+    }
+    return [costs[moment.part] for moment in found.memory.timeline]
 
 
 def _middle(found: Estimate) -> str:

@@ -17,13 +17,13 @@ ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_si
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--no-advice"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.toml")), ids=lambda path: path.stem)
 def test_every_config_is_estimated(path: Path, capsys: pytest.CaptureFixture[str]):
-    found = printed(capsys, str(path), *ONE_MICRO_BATCH, "--no-advice")
+    found = printed(capsys, str(path), *ONE_MICRO_BATCH)
     assert found["fits"] is not False  # 8B on one device may: a compiled model holds less
     assert 0 < found["peak_live_gib"] <= found["peak_reserved_gib"]
     assert sum(found["categories"].values()) == pytest.approx(found["peak_live_gib"])
@@ -54,7 +54,7 @@ def test_a_report_for_people(capsys: pytest.CaptureFixture[str]):
 
 
 def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
-    arguments = (str(FOLDER / "llama3_8b.toml"), "--device", "rtx3090", "--training.seq_len=256", "--no-advice")
+    arguments = (str(FOLDER / "llama3_8b.toml"), "--device", "rtx3090", "--training.seq_len=256")
     assert printed(capsys, *arguments, "--compile.enable=false")["fits"] is False
     assert printed(capsys, *arguments)["fits"] is None  # a compiled model holds less
 
