@@ -129,6 +129,9 @@ def test_no_run_waits_for_it_unless_asked_to(tmp_path: Path, caplog: pytest.LogC
 def test_what_goes_wrong_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, EstimateHook(True, [], CPU, False, python("raise SystemExit('no such device')")))
     assert "no such device" in caplog.text
+    for unreadable in ("print('nothing')", "print('{}')"):
+        run(tmp_path, EstimateHook(True, [], CPU, False, python(unreadable)))
+    assert caplog.text.count("cannot be read") == 2
     run(tmp_path, EstimateHook(True, [], CPU, False, ("/nowhere/python",)))
     assert "/nowhere/python" in caplog.text
 

@@ -167,19 +167,23 @@ class EstimateHook(Hook):
         assert self._process is not None
         assert self._measured is not None
         out, err = self._process.communicate()
-        if self._process.returncode == 0:
-            measured = self._measured
-            if self.device.type == "cuda":  # the device has long been through with it
-                self._events[1].synchronize()
-                measured = replace(measured, step_seconds=self._events[0].elapsed_time(self._events[1]) / 1000)
-            comparison = compared(self._step, measured, self._rest_gib, json.loads(out))
-            for sink in self.sinks:
-                sink.comparison(comparison)
-        else:
-            killed = self._process.returncode < 0
-            why = "it took too long, or was killed" if killed else (err.strip().splitlines() or ["it failed"])[-1]
-            logger.warning("The run is not compared with its estimate: %s", why)
+        code = self._process.returncode
         self._process, self._wanted = None, False
+        if code != 0:
+            why = "it took too long, or was killed" if code < 0 else (err.strip().splitlines() or ["it failed"])[-1]
+            logger.warning("The run is not compared with its estimate: %s", why)
+            return
+        measured = self._measured
+        if self.device.type == "cuda":  # the device has long been through with it
+            self._events[1].synchronize()
+            measured = replace(measured, step_seconds=self._events[0].elapsed_time(self._events[1]) / 1000)
+        try:
+            comparison = compared(self._step, measured, self._rest_gib, json.loads(out))
+        except (ValueError, KeyError) as error:  # nothing that it says may end a run
+            logger.warning("The run is not compared with its estimate, which cannot be read: %r", error)
+            return
+        for sink in self.sinks:
+            sink.comparison(comparison)
 
 
 def peak_of_events(profile: torch.profiler.profile) -> int:
