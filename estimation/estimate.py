@@ -52,6 +52,8 @@ class Estimate:
     device: Device
     world_size: int
     axes: dict[str, int]
+    rehearsal: Rehearsal
+    """The step itself, operation by operation."""
     memory: Memory
     reserved: int
     """Bytes that torch's caching allocator holds; on a CPU there is none, and they are the live ones."""
@@ -206,6 +208,7 @@ def _of_rank(job: Job, world_size: int, device: Device, assumed: Assumptions | N
         device=device,
         world_size=world_size,
         axes=rehearsal.axes,
+        rehearsal=rehearsal,
         memory=memory,
         reserved=live if device.is_cpu else replay(rehearsal.trace.events).reserved,
         reserved_expandable=live if device.is_cpu else replay(rehearsal.trace.events, expandable=True).reserved,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from estimation.__main__ import main
-from estimation.devices import NAMES
+from estimation.devices import NAMES, device_of
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_size=1")
@@ -17,7 +17,7 @@ ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_si
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--no-advice"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -93,8 +93,14 @@ def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pyte
         assert words in error
 
 
-def test_what_is_not_there_yet(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["plan", str(FOLDER / "debug.toml"), "--gpus", "8"])
-    assert stopped.value.code == 2
-    assert "not available yet" in capsys.readouterr().err
+def test_a_picture_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "step.png"
+    printed(capsys, str(FOLDER / "debug.toml"), "--training.global_batch_size=16", "--plot", str(picture))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090"])
+def test_devices_by_their_makers_names(name: str):
+    """Which are those that a run's device tells."""
+    expected = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb"}.get(name, "rtx4090")
+    assert device_of(name).name == expected

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from titan_lite.models.attention import Attention
 from titan_lite.models.attention.kernel import Kernel
@@ -15,6 +18,7 @@ from titan_lite.run.device import device_name, peak_flops
 from titan_lite.run.hooks import RunFacts
 
 if TYPE_CHECKING:
+    from titan_lite.step import Training
     from titan_lite.trainer import Trainer
 
 
@@ -53,9 +57,21 @@ def run_facts(trainer: Trainer) -> RunFacts:
         warnings=job.warnings,
         active_parameters=active if active < sum(sizes.values()) else None,
         remembered_bytes=training.memory.nbytes(progress.global_batch_size // world.dp_size),
+        resting_bytes=partial(resting_bytes, training),
         resumed_from=trainer.resumed_from,
         run_id=trainer.checkpoints.run_id,
     )
+
+
+def resting_bytes(training: Training) -> int:
+    """What this rank's device holds of the model, the optimizer and the memory between two steps."""
+    model, state = training.model, training.optimizer.state
+    tensors: list[Any] = [*model.parameters(), *model.buffers()]
+    tensors += [value for values in state.values() for value in values.values() if isinstance(value, Tensor)]
+    tensors += [tensor for slot in getattr(training.memory, "slots", {}).values() for tensor in slot.tensors().values()]
+    parts = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = (part.untyped_storage() for part in parts if part.device == training.world.device)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def attention_kernels(model: Transformer, device: torch.device, n_queries: int, n_keys: int) -> str:
