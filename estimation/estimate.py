@@ -169,19 +169,10 @@ def _whole_model(job: Job) -> Transformer:
 
 
 def _as_traced(job: Job, device: Device) -> Job:
-    """The job as it can be followed operation by operation, in the dtypes of the device."""
-    training, checkpoint = job.training, job.activation_checkpoint
-    changes: dict[str, Any] = {
-        "compile": job.compile.model_copy(update={"enable": False}),
-        "model": job.model.model_copy(update={"converters": ()}),
-    }
-    host = {"enable_cpu_offload": False, "enable_optimizer_offload": False}
-    if training.mixed_precision_param == "auto" and not device.is_cpu:
-        host |= {"mixed_precision_param": "bfloat16"}  # type: ignore[dict-item]
-    changes["training"] = training.model_copy(update=host)
-    mode = "none" if checkpoint.mode == "memory_budget" else checkpoint.mode
-    changes["activation_checkpoint"] = checkpoint.model_copy(update={"mode": mode, "offload": False})
-    return job.model_copy(update=changes)
+    """The job in the dtypes of the device."""
+    if job.training.mixed_precision_param != "auto" or device.is_cpu:
+        return job
+    return job.model_copy(update={"training": job.training.model_copy(update={"mixed_precision_param": "bfloat16"})})
 
 
 def _less_than_counted(job: Job) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 
+from estimation.compiled import Graphs, Region
 from estimation.kernels import device_kernels
 from estimation.ops import NEXT_MICRO_BATCH
 from estimation.repeat import Periods, UnequalPeriodsError, repeated
@@ -52,6 +53,8 @@ class Rehearsal:
     """How many micro-batches the second of three stands for; of fewer each stands for itself."""
     layers_traced: int
     layers: int
+    failures: Mapping[str, str]
+    """Function that was to be compiled and ran as it is -> why."""
 
 
 class _Kept(Transformer.Config):
@@ -128,7 +131,8 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
         world = stack.enter_context(fake_world(job, precision, world_size))
-        training = build(job, world, precision, vocabulary(job), blank=True)
+        training = build(_eager(job), world, precision, vocabulary(job), blank=True)
+        graphs = _compiled(training, job)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
         training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
@@ -142,7 +146,35 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers)
+    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers, graphs.failures)
+
+
+def _eager(job: Job) -> Job:
+    """The job without torch.compile, whose part `_compiled` takes, and with nothing in host memory: see `host.py`."""
+    training = job.training.model_copy(update={"enable_cpu_offload": False, "enable_optimizer_offload": False})
+    checkpoint = job.activation_checkpoint.model_copy(update={"offload": False})
+    compile_ = job.compile.model_copy(update={"enable": False})
+    changes = {"training": training, "activation_checkpoint": checkpoint, "compile": compile_}
+    return job.model_copy(update=changes)
+
+
+def _compiled(training: Training, job: Job) -> Graphs:
+    """Has blocks and the loss run as graphs, where the job compiles them."""
+    graphs = Graphs()
+    components = job.compile.components if job.compile.enable else ()
+    if "model" in components:
+        plain = isinstance(job.model.stack, PlainStack.Config)
+        kinds: dict[str, Hashable] = {}
+        if plain:
+            kinds = {f"stack.blocks.{number}": repr(layer) for number, layer in enumerate(job.model.each_layer())}
+        for path, block in training.model.blocks().items():
+            block.forward = Region(path, kinds.get(path, path), block.forward, block, graphs)
+    if "loss" in components:
+        cross_entropy, nothing = training.objective.cross_entropy, nn.Module()
+        for name in ("loss", "loss_and_gradients"):
+            region = Region(name, name, getattr(cross_entropy, name), nothing, graphs)
+            setattr(cross_entropy, name, region)
+    return graphs
 
 
 def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:

@@ -85,6 +85,7 @@ class Tracer(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next = 0
         self._visits: dict[tuple[str, str], int] = {}
+        self._in_backward = False
         self._output: weakref.ref[Tensor] | None = None
         """What the unit before left; where the next one takes it as it is, nothing lies between them."""
 
@@ -98,6 +99,7 @@ class Tracer(TorchDispatchMode):
 
     def enter(self, phase: str, name: str) -> None:
         """From here on, events are of another part."""
+        self._in_backward = phase == "backward"
         visit = self._visits.get((phase, name), 0)
         self._visits[phase, name] = visit + 1
         self.trace.cuts.append((len(self.trace.events), Part(phase, name, visit)))
@@ -118,9 +120,13 @@ class Tracer(TorchDispatchMode):
             return NotImplemented  # its local operations come here one by one
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self in _paused:
+            return result
         op = op_of(func, args, kwargs, result)
         if op is not None:
-            self.trace.events.append(op)
+            # Gradients are computed with gradients off, and what backward computes once more is not.
+            again = _again[-1] or (self._in_backward and torch.is_grad_enabled())
+            self.trace.events.append(op._replace(recompute=again))
         if role := _ROLES_OF_ARGUMENTS.get(func.namespace):
             for tensor in tree_iter((args, kwargs, result)):
                 if isinstance(tensor, Tensor):
@@ -136,6 +142,7 @@ class Tracer(TorchDispatchMode):
         return result
 
     def __enter__(self) -> Tracer:
+        _entered.append(self)
         self._resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -150,6 +157,7 @@ class Tracer(TorchDispatchMode):
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _entered.remove(self)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
         self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
 
@@ -209,6 +217,38 @@ class Tracer(TorchDispatchMode):
     def _left(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Behind all other hooks: FSDP frees a unit's whole parameters in one."""
         self.enter("forward", "")
+
+
+_entered: list[Tracer] = []
+_paused: list[Tracer] = []
+_again = [False]
+
+
+def note(op: Op) -> None:
+    """Records an operation that nobody dispatches: a compiled kernel."""
+    for tracer in _entered:
+        tracer.trace.events.append(op)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Nothing is recorded."""
+    before = list(_paused)
+    _paused.extend(_entered)
+    try:
+        yield
+    finally:
+        _paused[:] = before
+
+
+@contextmanager
+def recomputing(again: bool) -> Iterator[None]:
+    """Operations compute once more what was computed before, or not."""
+    _again.append(again)
+    try:
+        yield
+    finally:
+        _again.pop()
 
 
 _ROLES_OF_ARGUMENTS = {"c10d": "communication", "_c10d_functional": "communication"}
