@@ -92,7 +92,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
-    peak = device.bf16 if op.dtype in (torch.bfloat16, torch.float16) else device.fp32
+    peak = device.flops(op.dtype)
     efficiency = assumed.attention_efficiency if op.kind == "attention" else assumed.matmul_efficiency
     return max(op.flops / (peak * efficiency), op.nbytes / (device.bandwidth * assumed.bandwidth_efficiency))
 

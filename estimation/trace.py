@@ -9,12 +9,17 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_iter
 
 from estimation.ops import Op, op_of
@@ -43,6 +48,8 @@ class Alloc(NamedTuple):
     """What made it."""
     like: int = -1
     """Of several that one operation makes of as many, such as an optimizer's: the storage it is made of."""
+    stream: int = 0
+    """The stream at work, from which an allocator takes memory: 0 = that of computation."""
 
 
 class Free(NamedTuple):
@@ -86,6 +93,8 @@ class Tracer(TorchDispatchMode):
         self._next = 0
         self._visits: dict[tuple[str, str], int] = {}
         self._in_backward = False
+        self._stream = 0
+        self._streams: dict[torch.cpu.Stream, int] = {}
         self._output: weakref.ref[Tensor] | None = None
         """What the unit before left; where the next one takes it as it is, nothing lies between them."""
 
@@ -95,7 +104,8 @@ class Tracer(TorchDispatchMode):
         """Storages of `tensors` have this role; those not seen before come to be now."""
         for tensor in tensors:
             self._see(tensor, "own")
-            self.trace.roles[self._numbers[_key(_local(tensor))]] = role
+            for part in _plain(tensor):
+                self.trace.roles[self._numbers[_key(part)]] = role
 
     def enter(self, phase: str, name: str) -> None:
         """From here on, events are of another part."""
@@ -116,8 +126,8 @@ class Tracer(TorchDispatchMode):
     # ---- recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local operations come here one by one
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # operations on what it wraps come here one by one
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self in _paused:
@@ -152,6 +162,7 @@ class Tracer(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        self._stream_context, torch.cpu.stream = torch.cpu.stream, self._on  # type: ignore[assignment,misc]
         super().__enter__()
         return self
 
@@ -159,22 +170,32 @@ class Tracer(TorchDispatchMode):
         super().__exit__(*error)
         _entered.remove(self)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.cpu.stream = self._stream_context  # type: ignore[misc]
         self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
 
-    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
-        local = _local(tensor)
-        storage = local.untyped_storage()
-        key = storage._cdata
-        if key in self._numbers:
-            return
-        number = self._next
-        self._next += 1
-        self._numbers[key] = number
-        self._alive[number] = weakref.ref(storage, lambda _: self._gone(key, number))
-        if nbytes := self._rounded(storage.nbytes()):
-            self.trace.events.append(Alloc(number, nbytes, op, like))
+    @contextmanager
+    def _on(self, stream: torch.cpu.Stream) -> Iterator[None]:
+        """What FSDP does beside computation, on the streams of a device; on a CPU they are one."""
+        before, self._stream = self._stream, self._streams.setdefault(stream, len(self._streams) + 1)
+        try:
+            yield
+        finally:
+            self._stream = before
 
-    def _gone(self, key: int, number: int) -> None:
+    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
+        for part in _plain(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key in self._numbers:
+                continue
+            number = self._next
+            self._next += 1
+            self._numbers[key] = number
+            self._alive[number] = weakref.ref(storage, partial(self._gone, key, number))
+            if nbytes := self._rounded(storage.nbytes()):
+                self.trace.events.append(Alloc(number, nbytes, op, like, self._stream))
+
+    def _gone(self, key: int, number: int, _: object) -> None:
         del self._numbers[key], self._alive[number]
         self.trace.events.append(Free(number))
 
@@ -185,7 +206,7 @@ class Tracer(TorchDispatchMode):
         if before:
             self.trace.events.append(Free(number))
         if size:
-            self.trace.events.append(Alloc(number, self._rounded(size), "resize_"))
+            self.trace.events.append(Alloc(number, self._rounded(size), "resize_", -1, self._stream))
         self.trace.roles.setdefault(number, "unsharded parameters")
 
     def _rounded(self, nbytes: int) -> int:
@@ -255,12 +276,20 @@ _ROLES_OF_ARGUMENTS = {"c10d": "communication", "_c10d_functional": "communicati
 """Storages that go through collectives and are nothing else."""
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor consists of that has memory: a DTensor's local part, numbers in float8 and their scale, ..."""
+    if isinstance(tensor, DTensor):
+        yield from _plain(tensor._local_tensor)
+    elif is_traceable_wrapper_subclass(tensor):
+        for name in (*getattr(tensor, "__slots__", ()), *getattr(tensor, "__dict__", ())):
+            if isinstance(part := getattr(tensor, name, None), Tensor):
+                yield from _plain(part)
+    else:
+        yield tensor
 
 
 def _key(tensor: Tensor) -> int:
-    return _local(tensor).untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
 
 
 @contextmanager
