@@ -13,7 +13,8 @@ from estimation.allocator import replay
 from estimation.compute import Assumptions, Compute, compute_of
 from estimation.devices import GIB, Device
 from estimation.memory import Memory, memory_of
-from estimation.rehearsal import Rehearsal, rehearse, vocabulary
+from estimation.recipe import Recipe
+from estimation.rehearsal import OURS, Rehearsal, rehearse, vocabulary
 from titan_lite.models.attention import HeadAttention
 from titan_lite.models.flops import anew_flops_per_token, training_flops_per_token
 from titan_lite.models.spec import collect_specs
@@ -131,11 +132,13 @@ def default_world_size(job: Job) -> int:
     return layout.data_parallel_replicate_degree * shard * layout.model_parallel_degree
 
 
-def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | None = None) -> Estimate:
-    """The estimate of a job that `load_job` accepts for this world size."""
+def estimate(
+    job: Job, world_size: int, device: Device, assumed: Assumptions | None = None, recipe: Recipe = OURS
+) -> Estimate:
+    """The estimate of a job that `load_job` accepts for this world size, run as `recipe` says."""
     model = _whole_model(job)
     not_modelled = (*_not_modelled(job, model, device), *ALWAYS_LEFT_OUT)
-    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, on_device=not device.is_cpu)
+    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, recipe)
     memory = memory_of(rehearsal.trace)
     specs = collect_specs(model)
     keys = job.model.memory.keys(job.training.seq_len)

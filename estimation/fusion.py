@@ -28,6 +28,7 @@ IN_MEMORY = {"index_put", "_unsafe_index_put", "scatter", "scatter_add", "scatte
 """Operations that run in a kernel with others, but for their result, which they make in memory."""
 
 
+COLLECTIVES = ("all_", "reduce_scatter", "broadcast")
 RNG_STATE_BYTES = 16
 """Of a CUDA generator: seed and offset."""
 
@@ -115,7 +116,8 @@ class Fused:
 
     def _overwritable(self, leaf: fx.Node, index: int) -> bool:
         root = self.root[leaf]
-        return root.op == "call_function" and root in self.dying[index]
+        ours = root.op == "call_function" and not _name(root).startswith(COLLECTIVES)
+        return ours and root in self.dying[index]
 
     # ---- what a node reads
 

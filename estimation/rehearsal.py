@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from estimation.compiled import Graphs, Region
 from estimation.kernels import device_kernels
 from estimation.ops import NEXT_MICRO_BATCH
+from estimation.recipe import Recipe
 from estimation.repeat import Periods, UnequalPeriodsError, repeated
 from estimation.trace import BLOCK_BYTES, Trace, Tracer, traced
 from estimation.world import FakeWorld, fake_world
@@ -34,6 +35,7 @@ from titan_lite.step import MicroBatch, Training, build, step
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
+OURS = Recipe()
 DRAWS = 64
 """Steps over which the iterations of a recurrent stack are averaged."""
 
@@ -85,17 +87,17 @@ def micro_batches(job: Job, dp_size: int) -> list[int]:
     return [min(local, share - done) for done in range(0, share, local)]
 
 
-def rehearse(job: Job, world_size: int, on_device: bool) -> Rehearsal:
+def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS) -> Rehearsal:
     """The second step of `job`, in which optimizer states exist, on rank 0 of `world_size`.
 
     `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
     equal layers a few are traced and stand for the others, where they are found to do equal things.
     """
-    for periods in _ways_to_repeat(job.model, _every(job)):
+    for periods in [None] if recipe.one_graph else _ways_to_repeat(job.model, _every(job)):
         if periods is None:
-            return _rehearse(job, world_size, on_device, None)
+            return _rehearse(job, world_size, on_device, recipe, None)
         try:
-            return _rehearse(job, world_size, on_device, periods)
+            return _rehearse(job, world_size, on_device, recipe, periods)
         except UnequalPeriodsError:
             continue
     raise AssertionError("the last way is to trace all layers")
@@ -120,7 +122,7 @@ def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Per
     yield None
 
 
-def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | None) -> Rehearsal:
+def _rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe, periods: Periods | None) -> Rehearsal:
     layers = len(job.model.stack.executed(job.model.n_layers))
     if periods is not None:
         kept = _Kept.model_construct(**dict(job.model))
@@ -131,8 +133,10 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
         world = stack.enter_context(fake_world(job, precision, world_size))
-        training = build(_eager(job), world, precision, vocabulary(job), blank=True)
+        with recipe.building():
+            training = build(_eager(job), world, precision, vocabulary(job), blank=True)
         graphs = _compiled(training, job)
+        training = recipe.built(training, job, graphs)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
         training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
