@@ -32,8 +32,12 @@ class Assumptions(ConfigBase):
     """Share of data-parallel communication that runs beside computation, as long as there is any."""
     tensor_parallel_overlap: float = 0.0
     """Share of tensor-parallel communication that does."""
-    outside_allocator_gib: float = 1.5
-    """CUDA context, kernels' workspaces and NCCL buffers, outside of torch's allocator; none on a CPU."""
+    host_overlap: float = 0.0
+    """Share of copies to and from host memory, of what is offloaded, that run beside computation."""
+    context_gib: float = 1.0
+    """CUDA context and libraries' workspaces, outside of torch's allocator; none on a CPU."""
+    communicator_gib: float = 0.2
+    """NCCL's buffers for each axis of the mesh that has several ranks, outside of torch's allocator; none on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,14 @@ class Compute:
     """Seconds of matmul, attention and pointwise operations."""
     flops: int
     by_phase: Mapping[str, int]
-    """FLOPs in forward, backward (what it recomputes included) and the optimizer."""
+    """FLOPs in forward, backward, recompute (what backward computes once more) and the optimizer."""
     communication: Mapping[str, Axis]
+    host_seconds: float
+    """Of copies to and from host memory."""
 
 
-def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Compute:
-    """What the operations of a rehearsal take on the device."""
+def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, moved: int = 0) -> Compute:
+    """What the operations of a rehearsal take on the device, with `moved` bytes to and from host memory."""
     kinds: dict[str, float] = {}
     phases: Counter[str] = Counter()
     moved: dict[str, Axis] = {}
@@ -77,18 +83,22 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
                 so_far = moved.get(axis, Axis(0, 0, 0.0))
                 moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
-                phases[part.phase] += times * op.flops
+                phases["recompute" if op.recompute else part.phase] += times * op.flops
                 kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
     kinds.pop(NEXT_MICRO_BATCH.kind, None)
     axes = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
-    for name, axis_ in axes.items():
-        overlap: float = assumed.tensor_parallel_overlap if name == "tp" else assumed.data_parallel_overlap
-        hidden = min(axis_.seconds * overlap, left)
+    host_seconds = moved / (device.host_link * assumed.link_efficiency)
+    beside = [
+        (axis_.seconds, assumed.tensor_parallel_overlap if name == "tp" else assumed.data_parallel_overlap)
+        for name, axis_ in axes.items()
+    ]
+    for seconds, overlap in (*beside, (host_seconds, assumed.host_overlap)):
+        hidden = min(seconds * overlap, left)
         left -= hidden
-        total += axis_.seconds - hidden
-    return Compute(total, kinds, sum(phases.values()), dict(phases), axes)
+        total += seconds - hidden
+    return Compute(total, kinds, sum(phases.values()), dict(phases), axes, host_seconds)
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
