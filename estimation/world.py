@@ -13,8 +13,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from titan_lite.parallel.mesh import make_mesh
 from titan_lite.parallel.precision import Precision
-from titan_lite.parallel.world import World, make_mesh
+from titan_lite.parallel.world import World
 
 if TYPE_CHECKING:
     from titan_lite.job import Job

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
 
 from titan_lite.models.aux_loss import no_token_weight, token_weight, weighs_tokens
 from titan_lite.models.context import Iterations, Memory, TrainingFacts
@@ -32,6 +30,7 @@ from titan_lite.optim.schedule import LRScheduler
 from titan_lite.parallel.apply import parallelize
 from titan_lite.parallel.compile import loss_compiler
 from titan_lite.parallel.float8 import scale_ahead
+from titan_lite.parallel.gradients import clip_gradients
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 
@@ -166,13 +165,12 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
     losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
-    norm = clip_grad_norm_(model.parameters(), training.max_norm)
+    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages)
     training.optimizer.step()
     training.optimizer.zero_grad()
     after_step(model, training.world.total_tensor)
     training.scale_ahead(model)
-    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    return StepTensors(training.world.total_tensor(loss), whole_norm, lr, training.work(training.iterations(index)))
+    return StepTensors(training.world.total_tensor(loss), norm, lr, training.work(training.iterations(index)))
 
 
 def remembered_loss(

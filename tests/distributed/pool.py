@@ -181,7 +181,7 @@ def _reuse_groups() -> Callable[[], None]:
     """
     import torch.distributed as dist
 
-    from titan_lite.parallel import world
+    from titan_lite.parallel import mesh
 
     made: dict[str, list[Any]] = {}
     given: Counter[str] = Counter()
@@ -197,7 +197,7 @@ def _reuse_groups() -> Callable[[], None]:
 
         return give
 
-    world.init_device_mesh = reusing(world.init_device_mesh)
+    mesh.init_device_mesh = reusing(mesh.init_device_mesh)
     dist.new_group = reusing(dist.new_group)
     return given.clear
 

@@ -11,7 +11,8 @@ from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.activation import apply_activation_checkpointing, draw_memory_budgets
 from titan_lite.parallel.compile import compile_blocks
 from titan_lite.parallel.float8 import convert_linears
-from titan_lite.parallel.fsdp import apply_fsdp, sharding_mesh
+from titan_lite.parallel.fsdp import apply_fsdp
+from titan_lite.parallel.mesh import sharding_mesh
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.tensor import apply_tensor_parallel, overlap
 from titan_lite.parallel.world import World

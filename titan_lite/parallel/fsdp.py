@@ -137,11 +137,6 @@ def _by_dtype(meshes: Mapping[torch.dtype, DeviceMesh]) -> Callable[[nn.Paramete
     return lambda parameter: places[parameter.dtype]
 
 
-def sharding_mesh(mesh: DeviceMesh) -> DeviceMesh:
-    """The axes FSDP works on: both where parameters are replicated over groups of shards, else the shards alone."""
-    return mesh["dp_replicate", "dp_shard"] if mesh["dp_replicate"].size() > 1 else mesh["dp_shard"]
-
-
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode without gradients; afterwards every unit is sharded again, which else only a backward does."""

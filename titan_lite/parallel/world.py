@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
+from titan_lite.parallel.mesh import make_mesh
 from titan_lite.run.environment import STORE
 
 SAVE_TIMEOUT = timedelta(days=1)
@@ -42,24 +43,6 @@ def _init_process_group(rank: int, size: int, device: torch.device, timeout: tim
         world_size=size if store else -1,
         timeout=timeout,
     )
-
-
-def make_mesh(parallelism: Parallelism, world_size: int, device_type: str, own_groups: bool = False) -> DeviceMesh:
-    """All ranks: axes dp_replicate and dp_shard, then tp if there is any; the process group must exist.
-
-    Of the axes to come, pp stands before these, and cp between dp_shard and tp: neighbours talk the most.
-
-    `own_groups`: with process groups that no other mesh has, not even for an axis over all ranks.
-    """
-    degree = parallelism.data_parallel_degree(world_size)
-    assert degree is not None, "the config check lets no other degrees through"
-    replicate = parallelism.data_parallel_replicate_degree
-    tp = parallelism.tensor_parallel_degree
-    sizes = {"dp_replicate": replicate, "dp_shard": degree // replicate} | ({"tp": tp} if tp > 1 else {})
-    axes = tuple(sizes)
-    backend = "nccl" if device_type == "cuda" else dist.get_backend()
-    override: Any = dict.fromkeys(axes, backend) if own_groups else None
-    return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=axes, backend_override=override)
 
 
 def is_lost_peer(error: RuntimeError) -> bool:
@@ -127,31 +110,55 @@ class World:
         """The layout in words, for people."""
         if self.mesh is None:
             return "one process"
-        replicate, shard, *_ = self.mesh.shape
+        replicate, shard = self.axis_size("dp_replicate"), self.axis_size("dp_shard")
         data = f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
-        if shard == 1 < replicate:
+        if self.axis_size("dp_shard") * self.cp_size == 1 < replicate:
             data = f"DDP {replicate}"
-        return data if self.tp_size == 1 else f"{data}, tensor parallel {self.tp_size}"
+        others = {"context": self.cp_size, "tensor": self.tp_size, "pipeline": self.pp_size}
+        return ", ".join([data, *(f"{name} parallel {size}" for name, size in others.items() if size > 1)])
 
     @property
     def axes(self) -> dict[str, int]:
         """The mesh's axes and their sizes; nothing without a mesh."""
         return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
 
+    def axis_size(self, name: str) -> int:
+        """Ranks along an axis of the mesh; 1 where there is none."""
+        return self.axes.get(name, 1)
+
+    def axis_rank(self, name: str) -> int:
+        """Which of them this rank is."""
+        return self.mesh.get_local_rank(name) if self.mesh is not None and name in self.axes else 0
+
     @property
     def tp_size(self) -> int:
-        """Ranks that work on the same rows, neighbours in the order of ranks."""
-        return self.axes.get("tp", 1)
+        """Ranks that share each layer, neighbours in the order of ranks."""
+        return self.axis_size("tp")
+
+    @property
+    def cp_size(self) -> int:
+        """Ranks that share each row's tokens."""
+        return self.axis_size("cp")
+
+    @property
+    def pp_size(self) -> int:
+        """Ranks that share the layers of a model."""
+        return self.axis_size("pp")
+
+    @property
+    def stages(self) -> DeviceMesh | None:
+        """The axis along which ranks have different layers, if there is one."""
+        return self.mesh["pp"] if self.mesh is not None and self.pp_size > 1 else None
 
     @property
     def dp_size(self) -> int:
         """Groups of ranks that read different rows of the batch."""
-        return self.size // self.tp_size
+        return self.size // (self.tp_size * self.cp_size * self.pp_size)
 
     @property
     def dp_rank(self) -> int:
         """Which of them this rank belongs to."""
-        return self.rank // self.tp_size
+        return self.axis_rank("dp_replicate") * self.axis_size("dp_shard") + self.axis_rank("dp_shard")
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's `value`, on every rank, by rank."""
@@ -163,7 +170,8 @@ class World:
 
     def gather_dp(self, value: Any) -> list[Any]:
         """The `value` of every data-parallel group, on every rank, by group."""
-        return self.gather(value)[:: self.tp_size]
+        inner = self.tp_size * self.cp_size
+        return self.gather(value)[: self.size // self.pp_size : inner]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, on every rank."""
@@ -179,17 +187,20 @@ class World:
             dist.barrier(group=self.host_group)
 
     def total(self, *values: float) -> list[float]:
-        """Sums over rows, element by element, of what each rank has of its rows (exact for integers below 2^53).
+        """Sums over rows, element by element, of what each rank knows of its rows (exact for integers below 2^53).
 
-        Ranks that work on the same rows have all of it alike, or a part each: then it is 1 / tp_size of the sum.
+        Ranks that work on the same rows know the same of them, which counts once.
         """
         totals = torch.tensor(values, dtype=torch.float64)
         if self.size > 1:
             dist.all_reduce(totals, group=self.host_group)
-        return (totals / self.tp_size).tolist()
+        return (totals * self.dp_size / self.size).tolist()
 
     def total_tensor(self, value: Tensor) -> Tensor:
-        """The same of a tensor on the device; the argument stays as it is."""
+        """The sum of what each rank has computed on its device, of its tokens and layers; the argument stays as it is.
+
+        Tensor-parallel ranks have computed all of it alike, or a part each: then it is 1 / tp_size of the sum.
+        """
         if self.size == 1:
             return value
         summed = value.clone()

@@ -37,7 +37,7 @@ def validate(
             counted = batch.targets[batch.targets != IGNORE]
             n_tokens += counted.numel()
             text_bytes += int(token_bytes[counted.numpy()].sum())
-    nats, all_tokens, all_bytes = world.total(loss.item(), n_tokens, text_bytes)
+    nats, (all_tokens, all_bytes) = world.total_tensor(loss).item(), world.total(n_tokens, text_bytes)
     return ValidationResult(
         step=step,
         loss=nats / all_tokens,

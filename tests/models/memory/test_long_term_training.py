@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.models.memory.test_xl_training import go, losses
-from tests.runs import Run, build_tiny, global_batch, train
-from tests.training.test_layouts import assert_equal_runs
+from tests.models.memory.test_lanes_training import LONG, STEPS, go, logged, sections, write_config
+from tests.runs import build_tiny, global_batch, train
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.data.batch import IGNORE
@@ -22,53 +20,15 @@ from titan_lite.models.memory.whitening import Whitening
 from titan_lite.parallel.fsdp import evaluating
 from titan_lite.step import MicroBatch, step
 
-STEPS = 5
-LONG: dict[str, Any] = {"type": "long_term", "length": 8, "segment": 4, "segments": 6, "retrieve": 2}
 
-
-def sections(local_batch_size: int, memory: Any = None, **more: dict[str, Any]) -> dict[str, Any]:
-    model = {"memory": memory or LONG, "attention": {"n_heads": 4, "n_kv_heads": 2, "position": {"theta": 100.0}}}
-    return {"model": model, "training": {"local_batch_size": local_batch_size, "global_batch_size": 8}} | more
-
-
-@pytest.fixture(scope="module")
-def serial() -> Run:
-    return train(sections(8), STEPS)
-
-
-def test_it_differs_from_xl_as_soon_as_there_is_something_to_look_up(serial: Run) -> None:
+def test_it_differs_from_xl_as_soon_as_there_is_something_to_look_up() -> None:
+    serial = train(sections(8, LONG), STEPS)
     near = train(sections(8, {"type": "xl", "length": 8}), STEPS)
     none = train(sections(8, LONG | {"retrieve": 0}), STEPS)
     assert none.losses == near.losses
     assert none.norms == near.norms
     assert serial.losses[0] == pytest.approx(near.losses[0], rel=1e-6)
     assert serial.losses[1] != pytest.approx(near.losses[1], rel=1e-6)  # one segment of 16 tokens is more than 8
-
-
-@pytest.mark.parametrize("local_batch_size", [4, 3])
-def test_each_accumulation_slot_has_its_own(serial: Run, local_batch_size: int) -> None:
-    assert_equal_runs(train(sections(local_batch_size), STEPS), serial)
-
-
-@pytest.mark.parametrize(
-    ("memory", "more"),
-    [
-        (LONG, {}),
-        (LONG | {"recompute_kv": True}, {"activation_checkpoint": {"mode": "full"}}),
-        (
-            LONG | {"reset_on_bos": True},
-            {
-                "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
-                "compile": {"enable": True, "backend": "aot_eager"},
-            },
-        ),
-    ],
-    ids=["keys", "inputs, recomputed", "documents, compiled"],
-)
-def test_fsdp_equals_one_process(pool2, memory: dict[str, Any], more: dict[str, Any]) -> None:
-    reference = train(sections(8, memory), STEPS)
-    for run in pool2.run(train, sections(2, memory, **more), STEPS):
-        assert_equal_runs(run, reference)
 
 
 def statistics(changed: dict[str, Any]) -> list[list[float]]:
@@ -83,8 +43,8 @@ def statistics(changed: dict[str, Any]) -> list[list[float]]:
 
 
 def test_statistics_are_those_of_all_ranks(pool2) -> None:
-    alone = statistics(sections(8))
-    for of_rank in pool2.run(statistics, sections(4)):
+    alone = statistics(sections(8, LONG))
+    for of_rank in pool2.run(statistics, sections(4, LONG)):
         for ours, theirs in zip(of_rank, alone, strict=True):
             assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
     assert alone[2] == [pytest.approx(32 * (1 + 0.99 + 0.99**2))]  # 8 rows of 4 segments a step
@@ -95,7 +55,7 @@ def test_statistics_are_those_of_all_ranks(pool2) -> None:
 
 def test_validation_reads_as_training_does() -> None:
     """A row in one piece, or in three that go on, which nothing is counted of: the losses of a stream."""
-    _, training = build_tiny(sections(8))
+    _, training = build_tiny(sections(8, LONG))
     whitening = training.model.summaries
     assert isinstance(whitening, Whitening)
     for index in range(3):
@@ -174,16 +134,7 @@ log_freq = 1
 
 @pytest.fixture(params=["false", "true"], ids=["keys", "inputs"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    rows = [json.dumps({"text": f"document {i} " + "abc def " * (i % 31)}) for i in range(200)]
-    (tmp_path / "documents.jsonl").write_text("\n".join(rows))
-    text = CONFIG.replace("DOCUMENTS", str(tmp_path / "documents.jsonl")).replace("RECOMPUTE", request.param)
-    (tmp_path / "config.toml").write_text(text)
-    return tmp_path / "config.toml"
-
-
-def validation_losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["validation_loss"] for line in lines if "validation_loss" in line]
+    return write_config(tmp_path, CONFIG.replace("RECOMPUTE", request.param), longest=31)
 
 
 def test_a_run_goes_on_with_its_memory(config: Path, tmp_path: Path, pool2) -> None:
@@ -193,9 +144,9 @@ def test_a_run_goes_on_with_its_memory(config: Path, tmp_path: Path, pool2) -> N
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     assert go(config, tmp_path / "one", "--training.steps=8") == 0
     assert pool2.run(go, config, tmp_path / "two", "--training.steps=8", "--training.local_batch_size=3") == [0, 0]
-    expected = losses(tmp_path / "straight"), validation_losses(tmp_path / "straight")
-    assert (losses(tmp_path / "one"), validation_losses(tmp_path / "one")) == expected
-    torch.testing.assert_close(losses(tmp_path / "two"), expected[0], rtol=1e-5, atol=0)
+    expected = logged(tmp_path / "straight"), logged(tmp_path / "straight", "validation_loss")
+    assert (logged(tmp_path / "one"), logged(tmp_path / "one", "validation_loss")) == expected
+    torch.testing.assert_close(logged(tmp_path / "two"), expected[0], rtol=1e-5, atol=0)
 
 
 # ---- the claim

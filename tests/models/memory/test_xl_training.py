@@ -1,8 +1,7 @@
-"""Transformer-XL memory in training: it belongs to rows, whatever the layout, and outlives the process."""
+"""Transformer-XL memory in training: it outlives the process; what it is good for; what does not go with it."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
@@ -12,27 +11,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.models.memory.test_lanes_training import STEPS, XL, go, logged, sections, write_config
 from tests.runs import Run, build_tiny, global_batch, train
-from tests.training.test_layouts import assert_equal_runs
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict, load_job
 from titan_lite.run.signals import StopFlag
 from titan_lite.step import MicroBatch, step
 from titan_lite.trainer import Trainer
 
-STEPS = 5
-XL = {"type": "xl", "length": 20}
-"""More than a segment of 16 tokens."""
-
-
-def sections(local_batch_size: int, memory: Any = None, **more: dict[str, Any]) -> dict[str, Any]:
-    model = {"memory": memory or XL, "attention": {"n_heads": 4, "n_kv_heads": 2, "position": {"theta": 100.0}}}
-    return {"model": model, "training": {"local_batch_size": local_batch_size, "global_batch_size": 8}} | more
-
 
 @pytest.fixture(scope="module")
 def serial() -> Run:
-    return train(sections(8), STEPS)
+    return train(sections(8, XL), STEPS)
 
 
 def test_memory_changes_the_training_from_the_second_step_on(serial: Run) -> None:
@@ -41,34 +31,8 @@ def test_memory_changes_the_training_from_the_second_step_on(serial: Run) -> Non
     assert serial.losses[1] != pytest.approx(without.losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize("local_batch_size", [4, 3])
-def test_each_accumulation_slot_has_its_own(serial: Run, local_batch_size: int) -> None:
-    assert_equal_runs(train(sections(local_batch_size), STEPS), serial)
-
-
-@pytest.mark.parametrize(
-    ("memory", "more"),
-    [
-        (XL, {}),
-        (XL | {"recompute_kv": True}, {"activation_checkpoint": {"mode": "full"}}),
-        (
-            XL | {"reset_on_bos": True},
-            {
-                "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
-                "compile": {"enable": True, "backend": "aot_eager"},
-            },
-        ),
-    ],
-    ids=["keys", "inputs, recomputed", "documents, compiled"],
-)
-def test_fsdp_equals_one_process(pool2, memory: dict[str, Any], more: dict[str, Any]) -> None:
-    reference = train(sections(8, memory), STEPS)
-    for run in pool2.run(train, sections(2, memory, **more), STEPS):
-        assert_equal_runs(run, reference)
-
-
 def test_bfloat16_is_kept_as_such(pool2) -> None:
-    changed = sections(4)
+    changed = sections(4, XL)
     changed["training"]["mixed_precision_param"] = "bfloat16"
     assert pool2.run(kept_dtypes, changed) == [["torch.bfloat16"]] * 2
 
@@ -119,20 +83,7 @@ log_freq = 1
 
 @pytest.fixture(params=["false", "true"], ids=["keys", "inputs"])
 def config(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    rows = [json.dumps({"text": f"document {i} " + "abc def " * (i % 17)}) for i in range(200)]
-    (tmp_path / "documents.jsonl").write_text("\n".join(rows))
-    text = CONFIG.replace("DOCUMENTS", str(tmp_path / "documents.jsonl")).replace("RECOMPUTE", request.param)
-    (tmp_path / "config.toml").write_text(text)
-    return tmp_path / "config.toml"
-
-
-def go(config: Path, folder: Path, *overrides: str) -> int:
-    return Trainer(load_job(config, [f"--job.dump_folder={folder}", *overrides]), StopFlag()).run()
-
-
-def losses(folder: Path) -> list[float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in lines if "loss" in line]
+    return write_config(tmp_path, CONFIG.replace("RECOMPUTE", request.param), longest=17)
 
 
 def test_a_run_goes_on_with_its_memory(config: Path, tmp_path: Path, pool2) -> None:
@@ -140,7 +91,7 @@ def test_a_run_goes_on_with_its_memory(config: Path, tmp_path: Path, pool2) -> N
     assert go(config, tmp_path / "straight", "--training.steps=8") == 0
     assert go(config, tmp_path / "one", "--training.steps=4") == 0
     assert pool2.run(go, config, tmp_path / "two", "--training.steps=4") == [0, 0]
-    expected = losses(tmp_path / "straight")
+    expected = logged(tmp_path / "straight")
     for name, where in (("one", "alone"), ("one", "on two"), ("two", "on two"), ("two", "alone")):
         folder = tmp_path / f"{name} {where}"
         shutil.copytree(tmp_path / name, folder)
@@ -149,8 +100,8 @@ def test_a_run_goes_on_with_its_memory(config: Path, tmp_path: Path, pool2) -> N
             assert go(config, folder, *sizes) == 0
         else:
             assert pool2.run(go, config, folder, *sizes) == [0, 0]
-        torch.testing.assert_close(losses(folder), expected, rtol=1e-5, atol=0)
-    assert losses(tmp_path / "one alone") == expected
+        torch.testing.assert_close(logged(folder), expected, rtol=1e-5, atol=0)
+    assert logged(tmp_path / "one alone") == expected
 
 
 def test_where_the_data_begin_anew_nothing_is_remembered(config: Path, tmp_path: Path) -> None:
