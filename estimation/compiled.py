@@ -100,9 +100,12 @@ class Compiled:
         budgets: list[float] = []
         again: set[str] = set()
 
-        def compiler(module: fx.GraphModule, inputs: Any) -> Fused:
+        def forward(module: fx.GraphModule, inputs: Any) -> Fused:
             held = [value for value in _constants(module) if value.nbytes > SMALL]
             assert not held, "holds tensors that are none of its arguments"
+            return Fused(module, again=())
+
+        def backward(module: fx.GraphModule, inputs: Any) -> Fused:
             return Fused(module, again)
 
         def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
@@ -113,9 +116,8 @@ class Compiled:
                     joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
                 )
 
-        self.run = aot_function(
-            function, compiler, compiler, partition, select_decomp_table(), inference_compiler=compiler
-        )
+        decompositions = select_decomp_table()
+        self.run = aot_function(function, forward, backward, partition, decompositions, inference_compiler=forward)
         with composite_kernels(), _tagged_checkpoints(budgets):
             _first_call(self.run, tensors)
 

@@ -65,8 +65,8 @@ class Compute:
     """Of copies to and from host memory."""
 
 
-def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, moved: int = 0) -> Compute:
-    """What the operations of a rehearsal take on the device, with `moved` bytes to and from host memory."""
+def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copied: int = 0) -> Compute:
+    """What the operations of a rehearsal take on the device, with `copied` bytes to and from host memory."""
     kinds: dict[str, float] = {}
     phases: Counter[str] = Counter()
     moved: dict[str, Axis] = {}
@@ -89,7 +89,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, moved
     axes = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
-    host_seconds = moved / (device.host_link * assumed.link_efficiency)
+    host_seconds = copied / (device.host_link * assumed.link_efficiency)
     beside = [
         (axis_.seconds, assumed.tensor_parallel_overlap if name == "tp" else assumed.data_parallel_overlap)
         for name, axis_ in axes.items()

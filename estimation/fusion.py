@@ -9,7 +9,7 @@ the last to read. This is how torch's inductor schedules; where it gives up on f
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ class Fused:
 
     _boxed_call = True  # the way in which torch hands inputs to compiled graphs
 
-    def __init__(self, module: fx.GraphModule, again: Set[str]):
+    def __init__(self, module: fx.GraphModule, again: Collection[str]):
         """`again`: names of nodes that compute once more what a graph before has computed."""
         self.module, self.again = module, again
         self.nodes = list(module.graph.nodes)

@@ -6,7 +6,7 @@ import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -55,7 +55,7 @@ class Rehearsal:
     """How many micro-batches the second of three stands for; of fewer each stands for itself."""
     layers_traced: int
     layers: int
-    failures: Mapping[str, str]
+    failures: Mapping[str, str] = field(default_factory=dict)
     """Function that was to be compiled and ran as it is -> why."""
 
 
