@@ -112,9 +112,7 @@ class Compiled:
             again.update(_forward_names(joint, num_fwd_outputs))
             budget = min(budgets, default=torch._functorch.config.activation_memory_budget)
             with torch._functorch.config.patch(activation_memory_budget=budget):
-                return min_cut_rematerialization_partition(
-                    joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords
-                )
+                return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
 
         decompositions = select_decomp_table()
         self.run = aot_function(function, forward, backward, partition, decompositions, inference_compiler=forward)

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from estimation.devices import Device
 from estimation.ops import NEXT_MICRO_BATCH, Op
 from estimation.rehearsal import Rehearsal
@@ -31,7 +29,7 @@ class Assumptions(ConfigBase):
     data_parallel_overlap: float = 1.0
     """Share of data-parallel communication that runs beside computation, as long as there is any."""
     tensor_parallel_overlap: float = 0.0
-    """Share of tensor-parallel communication that does."""
+    """Share of tensor-parallel and all other communication that does."""
     host_overlap: float = 0.0
     """Share of copies to and from host memory, of what is offloaded, that run beside computation."""
     context_gib: float = 1.0
@@ -91,7 +89,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
     total, left = computing, computing
     host_seconds = copied / (device.host_link * assumed.link_efficiency)
     beside = [
-        (axis_.seconds, assumed.tensor_parallel_overlap if name == "tp" else assumed.data_parallel_overlap)
+        (axis_.seconds, assumed.data_parallel_overlap if name.startswith("dp_") else assumed.tensor_parallel_overlap)
         for name, axis_ in axes.items()
     ]
     for seconds, overlap in (*beside, (host_seconds, assumed.host_overlap)):
@@ -109,11 +107,11 @@ def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
 
 def _collective_seconds(op: Op, axis: str, axes: Mapping[str, int], device: Device, assumed: Assumptions) -> float:
     """Alpha and beta: a start for each doubling of the ranks, then bytes over the narrowest link they cross."""
-    names = list(axes)
-    size = axes.get(axis, math.prod(axes.values()))
+    names, over = list(axes), [name for name in axis.split("+") if name in axes]
+    size = math.prod(axes[name] for name in over or names)
     if size == 1:
         return 0.0
-    stride = math.prod(axes[name] for name in names[names.index(axis) + 1 :]) if axis in axes else 1
+    stride = math.prod(axes[name] for name in names[names.index(over[-1]) + 1 :]) if over else 1
     passes = 2 if "reduce" in op.name and "scatter" not in op.name else 1
     nbytes = passes * op.nbytes * (size - 1) / size
     rate = device.link

@@ -6,7 +6,7 @@ Nothing is fitted to a row: each is estimated from its recipe alone.
 from __future__ import annotations
 
 import sys
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from estimation.devices import GIB, device_of
 from estimation.estimate import estimate
@@ -23,8 +23,8 @@ class Row(NamedTuple):
     tables: dict[str, Any]
     published: float
     """GiB."""
-    reserved: bool
-    """Whether that is what the allocator reserved, and not what was live."""
+    kind: Literal["live", "expandable"]
+    """What was live, or what the allocator reserved in expandable segments."""
     recipe: Recipe
 
 
@@ -33,7 +33,7 @@ FLOAT8 = {"enable_fsdp_float8_all_gather": True, "precompute_float8_dynamic_scal
 
 def _torchtitan(batch: int, compiled: bool, gib: float, float8: bool = False) -> Row:
     """8B as torchtitan trained it on 8 x H100-96GB with torch of 2024-12-23: dense logits, per-op checkpoints, blocks
-    compiled but not the loss.
+    compiled but not the loss, expandable segments as its run_llama_train.sh sets them.
     """
     tables: dict[str, Any] = {
         "model": {"name": "llama3", "flavor": "8B"},
@@ -45,7 +45,7 @@ def _torchtitan(batch: int, compiled: bool, gib: float, float8: bool = False) ->
         tables["model"]["converters"] = ["quantize.linear.float8"]
         tables["quantize"] = {"linear": {"float8": FLOAT8}}
     how = "float8" if float8 else "compiled" if compiled else "eager"
-    return Row(f"8B, FSDP 8, batch {batch}, op, {how}", "h100-96gb", 8, tables, gib, True, EndsInRoot())
+    return Row(f"8B, FSDP 8, batch {batch}, op, {how}", "h100-96gb", 8, tables, gib, "expandable", EndsInRoot())
 
 
 _SIZES = {"7B": (4096, 32, 8), "13B": (5120, 40, 8)}
@@ -78,7 +78,7 @@ def _framework(size: str, ranks: int, tp: int, batch: int, steps: int, gib: floa
     }
     layout = " ".join(f"{name} {n}" for name, n in (("TP", tp), ("FSDP", ranks // tp)) if n > 1) or "1 GPU"
     what = f"{size}, {layout}, batch {batch} x {steps}, {'compiled' if compiled else 'eager'}"
-    return Row(what, "h200-141gb", ranks, tables, gib, False, PureBfloat16(one_graph=compiled and ranks == 1))
+    return Row(what, "h200-141gb", ranks, tables, gib, "live", PureBfloat16(one_graph=compiled and ranks == 1))
 
 
 ROWS = (
@@ -97,19 +97,19 @@ ROWS = (
 
 def main() -> None:
     """Prints the table, of the rows whose name contains what stands on the command line."""
-    print("| run | published GiB | estimated live | estimated reserved (expandable) | ratio |")
+    print("| run | published GiB | estimated live | estimated reserved, expandable (else) | ratio |")
     print("|---|---:|---:|---:|---:|")
     for row in ROWS:
         if not all(word in row.what for word in sys.argv[1:]):
             continue
         job, device = job_from_dict(row.tables, row.size, files=False), device_of(row.device)
         found = estimate(job, row.size, device, recipe=row.recipe)
-        live, reserved = found.memory.peak.total / GIB, found.reserved / GIB
-        ratio = (reserved if row.reserved else live) / row.published
-        kind = "reserved" if row.reserved else "live"
+        live, reserved = found.memory.peak.total / GIB, found.reserved_expandable / GIB
+        ratio = {"live": live, "expandable": reserved}[row.kind] / row.published
+        said = {"live": "live", "expandable": "reserved"}[row.kind]
         print(
-            f"| {row.what} | {row.published} {kind} | {live:.2f} |"
-            f" {reserved:.2f} ({found.reserved_expandable / GIB:.2f}) | {ratio:.3f} |",
+            f"| {row.what} | {row.published} {said} | {live:.2f} | {reserved:.2f} ({found.reserved / GIB:.2f}) |"
+            f" {ratio:.3f} |",
             flush=True,
         )
 

@@ -29,6 +29,7 @@ from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.parallel.mesh import SHARDS
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
 
@@ -273,6 +274,8 @@ def _groups(world: FakeWorld) -> dict[str, str]:
         for axis in () if mesh is None else mesh.mesh_dim_names or ():
             assert mesh is not None
             found[mesh.get_group(axis).group_name] = axis
+            if axis == "cp":
+                found[mesh[SHARDS].get_group().group_name] = "dp_shard+cp"
     return found
 
 

@@ -131,12 +131,13 @@ def test_a_collective_crosses_the_narrowest_link():
     op = Op("all_gather_into_tensor", "collective", torch.float32, 0, 2**30, "g")
     trace = Trace([op], [(0, Part("forward", "", 0))])
 
-    def seconds(**axes: int) -> float:
-        return compute_of(Rehearsal(trace, {"g": "dp_shard"}, axes, 1, 1, 1, 1), device, exact).seconds
+    def seconds(over: str = "dp_shard", **axes: int) -> float:
+        return compute_of(Rehearsal(trace, {"g": over}, axes, 1, 1, 1, 1), device, exact).seconds
 
     assert seconds(dp_replicate=1, dp_shard=8) == pytest.approx(2**30 * 7 / 8 / 450e9)
     assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
     assert seconds(dp_replicate=1, dp_shard=16, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
+    assert seconds("dp_shard+cp", dp_shard=2, cp=8, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
 
 
 def test_allocator_rounds_up_and_reuses():
