@@ -100,13 +100,13 @@ class Compiled:
         budgets: list[float] = []
         again: set[str] = set()
 
-        def forward(module: fx.GraphModule, inputs: Any) -> Fused:
-            held = [value for value in _constants(module) if value.nbytes > SMALL]
+        def forward(gm: fx.GraphModule, example_inputs: Any) -> Fused:
+            held = [value for value in _constants(gm) if value.nbytes > SMALL]
             assert not held, "holds tensors that are none of its arguments"
-            return Fused(module, again=())
+            return Fused(gm, again=())
 
-        def backward(module: fx.GraphModule, inputs: Any) -> Fused:
-            return Fused(module, again)
+        def backward(gm: fx.GraphModule, example_inputs: Any) -> Fused:
+            return Fused(gm, again)
 
         def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
             again.update(_forward_names(joint, num_fwd_outputs))

@@ -93,7 +93,8 @@ class Fused:
         return operator.attrgetter(str(node.target))(self.module)
 
     def _library(self, node: fx.Node, values: dict[fx.Node, Any], index: int) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        filled: Any = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+        args, kwargs = filled
         run: Any = node.target
         with recomputing(node.name in self.again):
             if run is run_and_save_rng_state:  # attention under a checkpoint, which may draw

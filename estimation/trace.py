@@ -162,7 +162,7 @@ class Tracer(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
-        self._stream_context, torch.cpu.stream = torch.cpu.stream, self._on  # type: ignore[assignment,misc]
+        self._stream_context, torch.cpu.stream = torch.cpu.stream, self._on
         super().__enter__()
         return self
 
@@ -170,7 +170,7 @@ class Tracer(TorchDispatchMode):
         super().__exit__(*error)
         _entered.remove(self)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
-        torch.cpu.stream = self._stream_context  # type: ignore[misc]
+        torch.cpu.stream = self._stream_context
         self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
 
     @contextmanager
