@@ -117,49 +117,59 @@ def _optimizer_states(trace: Trace) -> tuple[Trace, dict[str, int], int]:
 
 def _activations(trace: Trace) -> tuple[Trace, dict[str, int], int]:
     """What the stack keeps leaves when the unit behind the one that made it has run, and is back when backward comes to
-    its unit, or to one behind it that is within `AHEAD` storages.
+    the unit that needs it, or to one behind that which needs one of the `AHEAD` storages that were made next.
     """
-    of = categories(trace)
-    born: dict[int, tuple[str, int]] = {}
-    order: dict[str, list[int]] = defaultdict(list)
-    index = 0
-    for part, events in trace.parts():
-        for event in events:
-            saved = isinstance(event, Alloc) and of[event.storage] == "activations"
-            if saved and part.name.startswith("stack.") and event.nbytes >= SMALLEST:  # type: ignore[union-attr]
-                born[event.storage] = (part.name, event.nbytes)  # type: ignore[union-attr]
-                order[part.name].append(event.storage)  # type: ignore[union-attr]
-            index += 1
-    leaving: list[int] = []
+    saved = _saved_in_stack(trace)
+    needed: dict[str, set[int]] = defaultdict(set)
+    for storage, (unit, _) in saved.items():
+        needed[unit].add(storage)
+    made_by: dict[int, str] = {}
+    """Of those on the device."""
     away: list[int] = []
 
     def rewrite(part: Part, events: list[Event]) -> Iterator[Event]:
-        out = list(leaving) if part.phase == "forward" and part.name and part.name not in _names(leaving) else []
-        if part.phase == "backward" and (wanted := order.get(part.name)):
-            first = min((away.index(s) for s in wanted if s in away), default=len(away))
-            for storage in away[max(0, first - AHEAD) :]:
-                yield Alloc(storage, born[storage][1], "to device")
-                away.remove(storage)
+        running = part.phase == "forward" and bool(part.name)
+        out = {storage for storage, unit in made_by.items() if running and unit != part.name}
+        if part.phase == "backward":
+            wanted = [place for place, storage in enumerate(away) if storage in needed[part.name]]
+            for storage in away[max(0, min(wanted) - AHEAD) :] if wanted else ():
+                yield Alloc(storage, saved[storage][1], "to device")
+            if wanted:
+                del away[max(0, min(wanted) - AHEAD) :]
         for event in events:
-            if isinstance(event, Free) and event.storage in leaving:
-                leaving.remove(event.storage)  # gone before it would have left
-                out = [storage for storage in out if storage != event.storage]
-            if isinstance(event, Free) and event.storage in away:
-                away.remove(event.storage)
-                continue
-            if isinstance(event, Alloc) and event.storage in born:
-                leaving.append(event.storage)
+            if isinstance(event, Alloc) and event.storage in saved:
+                made_by[event.storage] = part.name
+            elif isinstance(event, Free) and event.storage in saved:
+                made_by.pop(event.storage, None)
+                out.discard(event.storage)
             yield event
-        for storage in out:
+        for storage in sorted(out):
             yield Free(storage)
-            leaving.remove(storage)
+            del made_by[storage]
             away.append(storage)
 
-    def _names(storages: list[int]) -> set[str]:
-        return {born[storage][0] for storage in storages}
-
-    nbytes = sum(size for _, size in born.values())
+    nbytes = sum(size for _, size in saved.values())
     return _rewritten(trace, rewrite), {"activations": nbytes}, 2 * nbytes
+
+
+def _saved_in_stack(trace: Trace) -> dict[int, tuple[str, int]]:
+    """Storages that the stack's backward frees -> the unit at work then, and bytes."""
+    of = categories(trace)
+    sizes: dict[int, int] = {}
+    saved: dict[int, tuple[str, int]] = {}
+    unit = ""
+    for part, events in trace.parts():
+        if part.phase != "backward":
+            unit = ""
+        elif part.name.startswith("stack."):
+            unit = part.name
+        for event in events:
+            forward = part.phase == "forward" and bool(part.name)  # not the tables that all units share
+            if isinstance(event, Alloc) and forward and of[event.storage] == "activations":
+                sizes[event.storage] = event.nbytes
+            elif isinstance(event, Free) and unit and sizes.get(event.storage, 0) >= SMALLEST:
+                saved[event.storage] = (unit, sizes[event.storage])
+    return saved
 
 
 def _rewritten(trace: Trace, rewrite: Callable[[Part, list[Event]], Iterator[Event]]) -> Trace:

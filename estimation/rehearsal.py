@@ -146,7 +146,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe, period
         tokens = sum(sizes) * job.training.seq_len
         batches = _batches(job, sizes[:1] + sizes[1:-1][:1] + sizes[1:][-1:])
         groups = _groups(world)
-        trace = record(training, batches, BLOCK_BYTES if on_device else 1)
+        trace = record(training, batches, on_device)
     if periods is not None:
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
@@ -182,11 +182,11 @@ def _compiled(training: Training, job: Job) -> Graphs:
     return graphs
 
 
-def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
-    """The trace of a second step, in a real world or a fake one, with storages in units of `block_bytes`."""
+def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -> Trace:
+    """The trace of a second step, in a real world or a fake one, with storages as a device or this machine has them."""
     n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
     step(training, batches if hasattr(training.memory, "slots") else batches[:1], n_tokens, 0)
-    model, tracer = training.model, Tracer(block_bytes)
+    model, tracer = training.model, Tracer(BLOCK_BYTES if on_device else 1, on_cpu=not on_device)
 
     def objective(*args: Any) -> Tensor:
         tracer.trace.events.append(NEXT_MICRO_BATCH)

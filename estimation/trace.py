@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import (
 from torch.utils._pytree import tree_iter
 
 from estimation.ops import Op, op_of
+from titan_lite.run.device import native_bf16
 
 BLOCK_BYTES = 512
 """What the CUDA caching allocator hands out storages in units of."""
@@ -84,9 +85,10 @@ class Tracer(TorchDispatchMode):
     Sees what is dispatched: nothing inside of a compiled graph.
     """
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES, on_cpu: bool = False) -> None:
+        """`on_cpu`: with what this machine's kernels need while they run."""
         super().__init__()
-        self.block_bytes = block_bytes
+        self.block_bytes, self.on_cpu = block_bytes, on_cpu
         self.trace = Trace()
         self._numbers: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -149,6 +151,8 @@ class Tracer(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor, str(func))
+        if self.on_cpu:
+            self._scratch(list(_scratch_on_cpu(func, args, op, result)))
         return result
 
     def __enter__(self) -> Tracer:
@@ -212,6 +216,13 @@ class Tracer(TorchDispatchMode):
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self.block_bytes) * self.block_bytes
 
+    def _scratch(self, sizes: list[int]) -> None:
+        """What a kernel holds while it runs."""
+        for nbytes in sizes:
+            self.trace.events.append(Alloc(self._next, nbytes, "scratch"))
+            self._next += 1
+        self.trace.events += [Free(self._next - 1 - i) for i in range(len(sizes))]
+
     # ---- parts
 
     def _before(self, name: str) -> Callable[..., None]:
@@ -238,6 +249,20 @@ class Tracer(TorchDispatchMode):
     def _left(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
         """Behind all other hooks: FSDP frees a unit's whole parameters in one."""
         self.enter("forward", "")
+
+
+def _scratch_on_cpu(func: Any, args: Any, op: Op | None, result: Any) -> Iterator[int]:
+    """Bytes that a CPU's kernel needs beside its result, where a device's needs none.
+
+    Elementwise operations convert operands to one dtype before they begin. Without units for bfloat16, matrix products
+    in it sum up in float32 first.
+    """
+    if torch.Tag.pointwise in func.tags:
+        operands = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim and arg.is_floating_point()]
+        common = reduce(torch.promote_types, [operand.dtype for operand in operands], torch.bfloat16)
+        yield from (arg.numel() * common.itemsize for arg in operands if arg.dtype != common)
+    elif op is not None and op.kind == "matmul" and op.dtype == torch.bfloat16 and not native_bf16(torch.device("cpu")):
+        yield 4 * result.numel()
 
 
 _entered: list[Tracer] = []

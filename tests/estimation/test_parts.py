@@ -91,7 +91,7 @@ def test_parameters_and_adam():
     n = 2 * V * D + D + 2 * (2 * D * D + 2 * D * 64 + 3 * D * F + 2 * D)
     for size in (1, 2):
         live = memory_of(rehearsed(tables(2), size).trace).peak.live
-        assert live["parameters"] == pytest.approx(4 * n / size, rel=1e-3)
+        assert live["parameters"] == pytest.approx(4 * n / size, rel=0.01)
         assert live["optimizer state"] == pytest.approx(8 * n / size, rel=0.01)
 
 
