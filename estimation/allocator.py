@@ -3,7 +3,8 @@
 Follows c10/cuda/CUDACachingAllocator.cpp of torch 2.13: sizes in units of 512 bytes; requests up to 1 MiB from segments
 of 2 MiB, up to 10 MiB from segments of 20 MiB, larger ones from segments of their own in units of 2 MiB; the smallest
 free block that fits is split; neighbours merge when freed; nothing is given back. With expandable segments each pool is
-one range that grows in pages of 2 or 20 MiB. One stream: what other streams hold longer is not modelled.
+one range that grows in pages of 2 or 20 MiB. Each stream has pools of its own: what FSDP gathers and reduces on others
+than that of computation is not there for it. That a block waits for other streams before it is free is not modelled.
 """
 
 from __future__ import annotations
@@ -130,16 +131,17 @@ class _Pool:
 
 def replay(events: Iterable[Event], expandable: bool = False) -> Reserved:
     """Peaks of what the events allocate and of what an allocator reserves for them."""
-    pools = (_Pool(True, expandable), _Pool(False, expandable))
+    pools: dict[tuple[int, bool], _Pool] = {}
     held: dict[int, tuple[_Pool, _Block, int]] = {}
     live = peak = reserved = 0
     for event in events:
         if isinstance(event, Alloc):
-            pool = pools[event.nbytes > SMALL]
+            key = (event.stream, event.nbytes <= SMALL)
+            pool = pools.setdefault(key, _Pool(key[1], expandable))
             held[event.storage] = (pool, pool.take(event.nbytes), event.nbytes)
             live += event.nbytes
             peak = max(peak, live)
-            reserved = max(reserved, pools[0].reserved + pools[1].reserved)
+            reserved = max(reserved, sum(pool.reserved for pool in pools.values()))
         elif isinstance(event, Free) and event.storage in held:
             pool, block, nbytes = held.pop(event.storage)
             pool.give(block)

@@ -7,8 +7,6 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-
 from estimation.devices import Device
 from estimation.ops import NEXT_MICRO_BATCH, Op
 from estimation.rehearsal import Rehearsal
@@ -31,9 +29,13 @@ class Assumptions(ConfigBase):
     data_parallel_overlap: float = 1.0
     """Share of data-parallel communication that runs beside computation, as long as there is any."""
     tensor_parallel_overlap: float = 0.0
-    """Share of tensor-parallel and expert-parallel communication that does."""
-    outside_allocator_gib: float = 1.5
-    """CUDA context, kernels' workspaces and NCCL buffers, outside of torch's allocator; none on a CPU."""
+    """Share of tensor-parallel and all other communication that does."""
+    host_overlap: float = 0.0
+    """Share of copies to and from host memory, of what is offloaded, that run beside computation."""
+    context_gib: float = 1.0
+    """CUDA context and libraries' workspaces, outside of torch's allocator; none on a CPU."""
+    communicator_gib: float = 0.2
+    """NCCL's buffers for each axis of the mesh that has several ranks, outside of torch's allocator; none on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Compute:
     """Seconds of matmul, attention and pointwise operations."""
     flops: int
     by_phase: Mapping[str, int]
-    """FLOPs in forward, backward (what it recomputes included) and the optimizer."""
+    """FLOPs in forward, backward, recompute (what backward computes once more) and the optimizer."""
     communication: Mapping[str, Axis]
+    host_seconds: float
+    """Of copies to and from host memory."""
 
 
-def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Compute:
-    """What the operations of a rehearsal take on the device."""
+def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copied: int = 0) -> Compute:
+    """What the operations of a rehearsal take on the device, with `copied` bytes to and from host memory."""
     kinds: dict[str, float] = {}
     phases: Counter[str] = Counter()
     moved: dict[str, Axis] = {}
@@ -79,34 +83,37 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions) -> Co
                 so_far = moved.get(axis, Axis(0, 0, 0.0))
                 moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
-                phases[part.phase] += times * op.flops
+                phases["recompute" if op.recompute else part.phase] += times * op.flops
                 kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
     kinds.pop(NEXT_MICRO_BATCH.kind, None)
     moved = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
-    for name, axis_ in moved.items():
-        waited_for = name in ("tp", "ep", "etp")
-        overlap: float = assumed.tensor_parallel_overlap if waited_for else assumed.data_parallel_overlap
-        hidden = min(axis_.seconds * overlap, left)
+    host_seconds = copied / (device.host_link * assumed.link_efficiency)
+    beside = [
+        (axis_.seconds, assumed.data_parallel_overlap if name.startswith("dp_") else assumed.tensor_parallel_overlap)
+        for name, axis_ in moved.items()
+    ]
+    for seconds, overlap in (*beside, (host_seconds, assumed.host_overlap)):
+        hidden = min(seconds * overlap, left)
         left -= hidden
-        total += axis_.seconds - hidden
-    return Compute(total, kinds, sum(phases.values()), dict(phases), moved)
+        total += seconds - hidden
+    return Compute(total, kinds, sum(phases.values()), dict(phases), moved, host_seconds)
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
-    peak = device.bf16 if op.dtype in (torch.bfloat16, torch.float16) else device.fp32
+    peak = device.flops(op.dtype)
     efficiency = assumed.attention_efficiency if op.kind == "attention" else assumed.matmul_efficiency
     return max(op.flops / (peak * efficiency), op.nbytes / (device.bandwidth * assumed.bandwidth_efficiency))
 
 
 def _collective_seconds(op: Op, axis: str, axes: Mapping[str, int], device: Device, assumed: Assumptions) -> float:
     """Alpha and beta: a start for each doubling of the ranks, then bytes over the narrowest link they cross."""
-    names, over = list(axes), axis.split("+")
-    size = math.prod(axes[name] for name in over if name in axes) if over[0] in axes else math.prod(axes.values())
+    names, over = list(axes), [name for name in axis.split("+") if name in axes]
+    size = math.prod(axes[name] for name in over or names)
     if size == 1:
         return 0.0
-    stride = math.prod(axes[name] for name in names[names.index(over[-1]) + 1 :]) if over[-1] in axes else 1
+    stride = math.prod(axes[name] for name in names[names.index(over[-1]) + 1 :]) if over else 1
     passes = 2 if "reduce" in op.name and "scatter" not in op.name else 1
     nbytes = passes * op.nbytes * (size - 1) / size
     rate = device.link

@@ -30,6 +30,10 @@ class Device:
     """Bytes to and from its memory."""
     link: float
     """Bytes to other devices of its node."""
+    float8: float = 0.0
+    """FLOP/s of dense products of float8 matrices; 0 = the device has none."""
+    host_link: float = 64e9
+    """Bytes to and from host memory."""
     nic: float = 50e9
     """Bytes to other nodes: a 400 Gbit/s adapter for each device."""
     per_node: int = 8
@@ -39,18 +43,33 @@ class Device:
         """Whether it runs operations as this machine does."""
         return self.name == "cpu"
 
+    def flops(self, dtype: torch.dtype) -> float:
+        """FLOP/s of matrices of `dtype`; those of float8 are computed in bfloat16 where the device has no float8."""
+        if dtype.itemsize == 1 and dtype.is_floating_point:
+            return self.float8 or self.bf16
+        return self.bf16 if dtype in (torch.bfloat16, torch.float16) else self.fp32
 
-def _device(name: str, maker: str, memory_gib: float, fp32: float, bandwidth: float, link: float) -> Device:
+
+def _device(
+    name: str,
+    maker: str,
+    memory_gib: float,
+    fp32: float,
+    bandwidth: float,
+    link: float,
+    float8: bool = True,
+    host_link: float = 64e9,
+) -> Device:
     bf16 = peak_flops(maker)
     assert bf16 is not None
-    return Device(name, memory_gib, bf16, fp32, bandwidth, link)
+    return Device(name, memory_gib, bf16, fp32, bandwidth, link, 2 * bf16 if float8 else 0.0, host_link)
 
 
 _TABLE = {
     device.name: device
     for device in (
-        _device("a100-40gb", "A100", 39.4, 19.5e12, 1.555e12, 300e9),
-        _device("a100-80gb", "A100", 79.2, 19.5e12, 2.039e12, 300e9),
+        _device("a100-40gb", "A100", 39.4, 19.5e12, 1.555e12, 300e9, float8=False, host_link=32e9),
+        _device("a100-80gb", "A100", 79.2, 19.5e12, 2.039e12, 300e9, float8=False, host_link=32e9),
         _device("h100-80gb", "H100", 79.1, 67e12, 3.35e12, 450e9),
         _device("h100-96gb", "H100", 95.0, 67e12, 3.35e12, 450e9),
         _device("h100-pcie", "H100 PCIe", 79.1, 51e12, 2.0e12, 64e9),
@@ -58,8 +77,8 @@ _TABLE = {
         _device("h200-141gb", "H200", 139.8, 67e12, 4.8e12, 450e9),
         _device("b200", "B200", 178.3, 75e12, 7.7e12, 900e9),
         _device("mi300x", "MI300X", 192.0, 163.4e12, 5.3e12, 448e9),
-        _device("rtx3090", "RTX 3090", 23.6, 35.6e12, 0.936e12, 32e9),
-        _device("rtx4090", "RTX 4090", 23.5, 82.6e12, 1.008e12, 32e9),
+        _device("rtx3090", "RTX 3090", 23.6, 35.6e12, 0.936e12, 32e9, float8=False, host_link=32e9),
+        _device("rtx4090", "RTX 4090", 23.5, 82.6e12, 1.008e12, 32e9, host_link=32e9),
     )
 }
 NAMES = (*_TABLE, "cpu")

@@ -12,8 +12,10 @@ import torch
 from estimation.allocator import replay
 from estimation.compute import Assumptions, Compute, compute_of
 from estimation.devices import GIB, Device
+from estimation.host import Host, placed
 from estimation.memory import Memory, memory_of
-from estimation.rehearsal import Rehearsal, rehearse, vocabulary
+from estimation.recipe import Recipe
+from estimation.rehearsal import OURS, Rehearsal, rehearse, vocabulary
 from titan_lite.models.attention import HeadAttention
 from titan_lite.models.flops import anew_flops_per_token, training_flops_per_token
 from titan_lite.models.spec import collect_specs
@@ -25,10 +27,12 @@ from titan_lite.parallel.pipeline.schedule import timeline
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
+SHARING = ("pp", "cp", "tp")
+"""Axes of the mesh whose ranks work on the same tokens."""
+
 ALWAYS_LEFT_OUT = (
-    "memory that streams beside the main one hold a little longer, and validation, sampling and checkpoints: "
-    "the estimate is of a training step",
-    "host memory",
+    "memory that other streams hold a little longer, and validation and sampling: the estimate is of a training step",
+    "host memory of processes, documents and libraries, beside what is itemised",
 )
 
 
@@ -66,9 +70,10 @@ class Estimate:
     assumed: Assumptions
     not_modelled: tuple[str, ...]
     upper_bound: bool
-    """Whether something counts as on the device that the job keeps in host memory, or does not keep."""
+    """Whether something counts as eager that the job compiles."""
     layers_traced: int
     layers: int
+    host: Host
     pipeline: tuple[StageEstimate, ...] = ()
     """All pipeline ranks; everything else is of the one that needs the most memory, but for `compute.seconds`, which
     are those of the slowest and its waiting for others."""
@@ -76,20 +81,21 @@ class Estimate:
     """Share of a step in which pipeline ranks wait for each other, if their stages took equally long."""
 
     @property
-    def model_ranks(self) -> int:
+    def sharing(self) -> int:
         """Ranks that work on the same tokens."""
-        return self.axes.get("tp", 1) * self.axes.get("pp", 1)
+        return math.prod(self.axes.get(axis, 1) for axis in SHARING)
 
     @property
     def tokens_per_second_per_device(self) -> float:
         """Tokens of the global batch by devices and seconds."""
-        return self.tokens / self.compute.seconds / self.model_ranks
+        return self.tokens / self.compute.seconds / self.sharing
 
     @property
     def flops_per_token(self) -> float:
         """Of all ranks that work on the token, as traced."""
-        of_ranks = sum(each.flops for each in self.pipeline) or self.compute.flops
-        return of_ranks * self.axes.get("tp", 1) / self.tokens
+        if self.pipeline:
+            return sum(each.flops for each in self.pipeline) * self.sharing / self.axes["pp"] / self.tokens
+        return self.compute.flops * self.sharing / self.tokens
 
     @property
     def mfu(self) -> float:
@@ -99,7 +105,10 @@ class Estimate:
     @property
     def outside_gib(self) -> float:
         """What the device holds outside of the allocator."""
-        return 0.0 if self.device.is_cpu else self.assumed.outside_allocator_gib
+        if self.device.is_cpu:
+            return 0.0
+        groups = sum(size > 1 for size in self.axes.values())
+        return self.assumed.context_gib + groups * self.assumed.communicator_gib
 
     @property
     def spare_gib(self) -> float:
@@ -132,8 +141,10 @@ class Estimate:
             "peak_at": {"phase": peak.part.phase, "unit": peak.part.name},
             "categories": {name: nbytes / GIB for name, nbytes in peak.live.items() if nbytes},
             "saved_for_backward_gib": {name: nbytes / GIB for name, nbytes in self.memory.saved.items()},
+            "host_gib": {name: nbytes / GIB for name, nbytes in self.host.held.items()},
             "step_seconds": compute.seconds,
             "seconds_by_kind": dict(compute.by_kind),
+            "host_copies": {"gib": self.host.moved / GIB, "seconds": compute.host_seconds},
             "communication": {
                 name: {"gib": axis.nbytes / GIB, "collectives": axis.count, "seconds": axis.seconds}
                 for name, axis in compute.communication.items()
@@ -142,7 +153,7 @@ class Estimate:
             "mfu": self.mfu,
             "flops_per_token": self.flops_per_token,
             "flops_per_token_by_phase": {
-                phase: flops * self.axes.get("tp", 1) / self.tokens for phase, flops in compute.by_phase.items()
+                phase: flops * self.sharing / self.tokens for phase, flops in compute.by_phase.items()
             },
             "formula_flops_per_token": self.formula_flops_per_token,
             "bubble": self.bubble,
@@ -170,10 +181,13 @@ def default_world_size(job: Job) -> int:
     return layout.data_parallel_replicate_degree * shard * layout.model_parallel_degree
 
 
-def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | None = None) -> Estimate:
-    """The estimate of a job that `load_job` accepts for this world size; of a pipeline's ranks, of the fullest one."""
+def estimate(
+    job: Job, world_size: int, device: Device, assumed: Assumptions | None = None, recipe: Recipe = OURS
+) -> Estimate:
+    """The estimate of a job that `load_job` accepts for this world size, run as `recipe` says; of a pipeline's ranks,
+    of the fullest one."""
     degree = job.parallelism.pipeline_parallel_degree
-    each = [_of_rank(job, world_size, device, assumed, i * world_size // degree) for i in range(degree)]
+    each = [_of_rank(job, world_size, device, assumed, recipe, i * world_size // degree) for i in range(degree)]
     fullest = max(each, key=lambda one: one.memory.peak.total)
     if degree == 1:
         return fullest
@@ -193,11 +207,14 @@ def estimate(job: Job, world_size: int, device: Device, assumed: Assumptions | N
     return replace(fullest, compute=replace(fullest.compute, seconds=seconds), pipeline=ranks, bubble=span.bubble)
 
 
-def _of_rank(job: Job, world_size: int, device: Device, assumed: Assumptions | None, rank: int) -> Estimate:
+def _of_rank(
+    job: Job, world_size: int, device: Device, assumed: Assumptions | None, recipe: Recipe, rank: int
+) -> Estimate:
     model = _whole_model(job)
-    not_modelled = (*_not_modelled(job, model, device), *ALWAYS_LEFT_OUT)
-    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, rank)
-    memory = memory_of(rehearsal.trace)
+    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, recipe, rank)
+    ours = placed(rehearsal.trace, job, rehearsal.tokens // job.training.seq_len, not device.is_cpu)
+    memory = memory_of(ours.trace)
+    not_modelled = (*_not_modelled(job, model, device, rehearsal), *ALWAYS_LEFT_OUT)
     specs = collect_specs(model)
     keys = job.model.memory.keys(job.training.seq_len)
     formula = training_flops_per_token(model, specs, keys)
@@ -210,17 +227,18 @@ def _of_rank(job: Job, world_size: int, device: Device, assumed: Assumptions | N
         axes=rehearsal.axes,
         rehearsal=rehearsal,
         memory=memory,
-        reserved=live if device.is_cpu else replay(rehearsal.trace.events).reserved,
-        reserved_expandable=live if device.is_cpu else replay(rehearsal.trace.events, expandable=True).reserved,
-        compute=compute_of(rehearsal, device, assumed),
+        reserved=live if device.is_cpu else replay(ours.trace.events).reserved,
+        reserved_expandable=live if device.is_cpu else replay(ours.trace.events, expandable=True).reserved,
+        compute=compute_of(rehearsal, device, assumed, ours.host.moved),
         tokens=rehearsal.tokens,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         formula_flops_per_token=formula,
         assumed=assumed,
         not_modelled=not_modelled,
-        upper_bound=any(_less_than_counted(job)),
+        upper_bound=bool(rehearsal.failures),
         layers_traced=rehearsal.layers_traced,
         layers=rehearsal.layers,
+        host=ours.host,
     )
 
 
@@ -231,39 +249,19 @@ def _whole_model(job: Job) -> Transformer:
 
 
 def _as_traced(job: Job, device: Device) -> Job:
-    """The job as it can be followed operation by operation, in the dtypes of the device."""
-    training, checkpoint = job.training, job.activation_checkpoint
-    changes: dict[str, Any] = {
-        "compile": job.compile.model_copy(update={"enable": False}),
-        "model": job.model.model_copy(update={"converters": ()}),
-    }
-    host = {"enable_cpu_offload": False, "enable_optimizer_offload": False}
-    if training.mixed_precision_param == "auto" and not device.is_cpu:
-        host |= {"mixed_precision_param": "bfloat16"}  # type: ignore[dict-item]
-    changes["training"] = training.model_copy(update=host)
-    mode = "none" if checkpoint.mode == "memory_budget" else checkpoint.mode
-    changes["activation_checkpoint"] = checkpoint.model_copy(update={"mode": mode, "offload": False})
-    return job.model_copy(update=changes)
+    """The job in the dtypes of the device."""
+    if job.training.mixed_precision_param != "auto" or device.is_cpu:
+        return job
+    return job.model_copy(update={"training": job.training.model_copy(update={"mixed_precision_param": "bfloat16"})})
 
 
-def _less_than_counted(job: Job) -> Iterator[str]:
-    """What makes the memory of the estimate more than that of the job."""
-    if job.training.enable_cpu_offload:
-        yield "training.enable_cpu_offload: parameters, gradients and optimizer states count as on the device"
-    if job.training.enable_optimizer_offload:
-        yield "training.enable_optimizer_offload: optimizer states count as on the device"
-    if job.activation_checkpoint.offload:
-        yield "activation_checkpoint.offload: what blocks leave for backward counts as on the device"
-    if job.activation_checkpoint.mode == "memory_budget":
-        yield "activation_checkpoint.mode = memory_budget: counts as none"
-    if job.compile.enable:
-        yield "compile.enable: memory and time are those of eager operations, which keep and move more"
-
-
-def _not_modelled(job: Job, model: Transformer, device: Device) -> Iterator[str]:
-    yield from _less_than_counted(job)
-    if job.model.converters:
-        yield f"model.converters = {', '.join(job.model.converters)}: counts as not converted"
+def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehearsal) -> Iterator[str]:
+    for name, why in rehearsal.failures.items():
+        yield f"torch.compile of {name}: counts as eager operations, which keep and move more ({why})"
+    if job.compile.enable and job.compile.backend != "inductor":
+        yield f"compile.backend = {job.compile.backend}: counts as inductor, which fuses operations"
+    if job.training.enable_cpu_offload and not device.is_cpu:
+        yield "training.enable_cpu_offload: the time of the optimizer on the host, which counts as on the device"
     if job.parallelism.spreads_experts:
         yield "routing: every expert gets equally many tokens; a busier one makes its rank slower, and fuller"
     if isinstance(job.model.stack, RecurrentStack.Config):

@@ -52,7 +52,7 @@ class Memory:
 
 def memory_of(trace: Trace, head: str = "head") -> Memory:
     """Follows a whole step, which begins with the part `persistent`. `head` is the unit that makes the loss."""
-    category = _categories(trace, head)
+    category = categories(trace, head)
     live: Counter[str] = Counter()
     held: dict[int, tuple[int, Part]] = {}
     total = 0
@@ -84,7 +84,7 @@ def memory_of(trace: Trace, head: str = "head") -> Memory:
     return Memory(max(timeline, key=lambda moment: moment.total), tuple(timeline), saved)
 
 
-def _categories(trace: Trace, head: str) -> dict[int, str]:
+def categories(trace: Trace, head: str = "head") -> dict[int, str]:
     """What each storage is, from where it is born and when it dies."""
     born: dict[int, Part] = {}
     phases: dict[int, set[str]] = {}

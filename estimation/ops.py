@@ -27,6 +27,8 @@ class Op(NamedTuple):
     """Read and written; for a collective, those of its largest tensor."""
     group: str
     """Name of the process group of a collective."""
+    recompute: bool = False
+    """Whether backward computes here once more what forward has computed."""
 
 
 NEXT_MICRO_BATCH = Op("next micro-batch", "mark", torch.float32, 0, 0, "")

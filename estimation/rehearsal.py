@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 
+from estimation.compiled import Graphs, Region
 from estimation.kernels import device_kernels
 from estimation.ops import NEXT_MICRO_BATCH
+from estimation.recipe import Recipe
 from estimation.repeat import Periods, UnequalPeriodsError, repeated
 from estimation.trace import BLOCK_BYTES, Trace, Tracer, traced
 from estimation.world import FakeWorld, fake_world
@@ -35,6 +37,7 @@ from titan_lite.step import MicroBatch, Training, build, step
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
+OURS = Recipe()
 DRAWS = 64
 """Steps over which the iterations of a recurrent stack are averaged."""
 
@@ -56,6 +59,8 @@ class Rehearsal:
     """How many micro-batches the second of three stands for; of fewer each stands for itself."""
     layers_traced: int
     layers: int
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Function that was to be compiled and ran as it is -> why."""
 
 
 class _Kept(Transformer.Config):
@@ -86,18 +91,18 @@ def micro_batches(job: Job, dp_size: int) -> list[int]:
     return [min(local, share - done) for done in range(0, share, local)]
 
 
-def rehearse(job: Job, world_size: int, on_device: bool, rank: int = 0) -> Rehearsal:
+def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS, rank: int = 0) -> Rehearsal:
     """The second step of `job`, in which optimizer states exist, on one rank of `world_size`.
 
     `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
     equal layers a few are traced and stand for the others, where they are found to do equal things.
     """
     several = job.parallelism.pipeline_parallel_degree > 1  # stages, whose layers have numbers that count
-    for periods in [None] if several else _ways_to_repeat(job.model, _every(job)):
+    for periods in [None] if several or recipe.one_graph else _ways_to_repeat(job.model, _every(job)):
         if periods is None:
-            return _rehearse(job, world_size, on_device, None, rank)
+            return _rehearse(job, world_size, on_device, recipe, None, rank)
         try:
-            return _rehearse(job, world_size, on_device, periods, rank)
+            return _rehearse(job, world_size, on_device, recipe, periods, rank)
         except UnequalPeriodsError:
             continue
     raise AssertionError("the last way is to trace all layers")
@@ -122,7 +127,9 @@ def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Per
     yield None
 
 
-def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | None, rank: int) -> Rehearsal:
+def _rehearse(
+    job: Job, world_size: int, on_device: bool, recipe: Recipe, periods: Periods | None, rank: int
+) -> Rehearsal:
     layers = len(job.model.stack.executed(job.model.n_layers))
     if periods is not None:
         kept = _Kept.model_construct(**dict(job.model))
@@ -133,7 +140,10 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
         world = stack.enter_context(fake_world(job, precision, world_size, rank))
-        training = build(job, world, precision, vocabulary(job), blank=True)
+        with recipe.building():
+            training = build(_eager(job), world, precision, vocabulary(job), blank=True)
+        graphs = _compiled(training, job)
+        training = recipe.built(training, job, graphs)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
             training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
         training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
@@ -144,20 +154,49 @@ def _rehearse(job: Job, world_size: int, on_device: bool, periods: Periods | Non
         if world.pp_size > 1:  # runs of the schedule are alike, and each is a whole one
             middle, batches = 1, _batches(job, [micro_batch_rows(job)] * n_micro_batches(job))
         groups = _groups(world)
-        trace = record(training, batches, BLOCK_BYTES if on_device else 1)
+        trace = record(training, batches, on_device)
     if periods is not None:
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, world.expert_axes, tokens, middle, traced_layers, layers)
+    sizes_of = (world.axes, world.expert_axes)
+    return Rehearsal(trace, groups, *sizes_of, tokens, middle, traced_layers, layers, graphs.failures)
 
 
-def record(training: Training, batches: Sequence[MicroBatch], block_bytes: int) -> Trace:
-    """The trace of a second step, in a real world or a fake one, with storages in units of `block_bytes`."""
+def _eager(job: Job) -> Job:
+    """The job without torch.compile, whose part `_compiled` takes, and with nothing in host memory: see `host.py`."""
+    training = job.training.model_copy(update={"enable_cpu_offload": False, "enable_optimizer_offload": False})
+    checkpoint = job.activation_checkpoint.model_copy(update={"offload": False})
+    compile_ = job.compile.model_copy(update={"enable": False})
+    changes = {"training": training, "activation_checkpoint": checkpoint, "compile": compile_}
+    return job.model_copy(update=changes)
+
+
+def _compiled(training: Training, job: Job) -> Graphs:
+    """Has blocks and the loss run as graphs, where the job compiles them."""
+    graphs = Graphs()
+    components = job.compile.components if job.compile.enable else ()
+    if "model" in components:
+        plain = isinstance(job.model.stack, PlainStack.Config)
+        kinds: dict[str, Hashable] = {}
+        if plain:
+            kinds = {f"stack.blocks.{number}": repr(layer) for number, layer in enumerate(job.model.each_layer())}
+        for path, block in training.model.blocks().items():
+            block.forward = Region(path, kinds.get(path, path), block.forward, block, graphs)
+    if "loss" in components:
+        cross_entropy, nothing = training.objective.cross_entropy, nn.Module()
+        for name in ("loss", "loss_and_gradients"):
+            region = Region(name, name, getattr(cross_entropy, name), nothing, graphs)
+            setattr(cross_entropy, name, region)
+    return graphs
+
+
+def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -> Trace:
+    """The trace of a second step, in a real world or a fake one, with storages as a device or this machine has them."""
     n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
     whole = hasattr(training.memory, "slots") or training.world.pp_size > 1
     step(training, batches if whole else batches[:1], n_tokens, 0)
-    model, tracer = training.model, Tracer(block_bytes)
+    model, tracer = training.model, Tracer(BLOCK_BYTES if on_device else 1, on_cpu=not on_device)
 
     def objective(*args: Any) -> Tensor:
         tracer.trace.events.append(NEXT_MICRO_BATCH)

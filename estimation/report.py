@@ -70,7 +70,9 @@ def _memory(found: Estimate) -> list[str]:
             f"  {found.reserved / GIB:10.3f} GiB  reserved by the allocator"
             f" ({found.reserved_expandable / GIB:.3f} with expandable segments)"
         )
-        lines.append(f"  {found.outside_gib:10.3f} GiB  outside of the allocator (assumed)")
+        lines.append(f"  {found.outside_gib:10.3f} GiB  outside of the allocator: CUDA and NCCL (assumed)")
+    for name, nbytes in found.host.held.items():
+        lines.append(f"  {nbytes / GIB:10.3f} GiB  of host memory: {name}")
     if found.pipeline:
         lines.append("each pipeline rank's peak, the fullest of which is above:")
     for rank, each in enumerate(found.pipeline):
@@ -80,16 +82,19 @@ def _memory(found: Estimate) -> list[str]:
 
 
 def _time(found: Estimate, tokens: float | None) -> list[str]:
-    compute = found.compute
+    compute, phases = found.compute, found.compute.by_phase
     lines = [
         f"time of a step: {compute.seconds:.3f} s, {found.tokens_per_second_per_device:,.0f} tokens/s per device,"
         f" MFU {100 * found.mfu:.1f}%",
         f"  FLOPs per token: {found.flops_per_token:.3e} with what is recomputed,"
         f" {found.formula_flops_per_token:.3e} by 6 N and attention",
+        "  of them: " + ", ".join(f"{100 * n / compute.flops:.1f}% {phase}" for phase, n in phases.items() if n),
     ]
     if found.pipeline:
         lines.append(f"  pipeline ranks wait {100 * found.bubble:.1f}% of it, stages being alike")
     lines += [f"  {seconds:10.4f} s    {kind}" for kind, seconds in sorted(compute.by_kind.items())]
+    if compute.host_seconds:
+        lines.append(f"  {compute.host_seconds:10.4f} s    {found.host.moved / GIB:.3f} GiB to and from host memory")
     for name, axis in compute.communication.items():
         lines.append(f"  {axis.seconds:10.4f} s    {axis.count} collectives over {name}, {axis.nbytes / GIB:.3f} GiB")
     if tokens is not None:

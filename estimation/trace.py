@@ -9,15 +9,21 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
 from torch.utils._pytree import tree_iter
 
 from estimation.ops import Op, op_of
+from titan_lite.run.device import native_bf16
 
 BLOCK_BYTES = 512
 """What the CUDA caching allocator hands out storages in units of."""
@@ -43,6 +49,8 @@ class Alloc(NamedTuple):
     """What made it."""
     like: int = -1
     """Of several that one operation makes of as many, such as an optimizer's: the storage it is made of."""
+    stream: int = 0
+    """The stream at work, from which an allocator takes memory: 0 = that of computation."""
 
 
 class Free(NamedTuple):
@@ -77,14 +85,18 @@ class Tracer(TorchDispatchMode):
     Sees what is dispatched: nothing inside of a compiled graph.
     """
 
-    def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
+    def __init__(self, block_bytes: int = BLOCK_BYTES, on_cpu: bool = False) -> None:
+        """`on_cpu`: with what this machine's kernels need while they run."""
         super().__init__()
-        self.block_bytes = block_bytes
+        self.block_bytes, self.on_cpu = block_bytes, on_cpu
         self.trace = Trace()
         self._numbers: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._next = 0
         self._visits: dict[tuple[str, str], int] = {}
+        self._in_backward = False
+        self._stream = 0
+        self._streams: dict[torch.cpu.Stream, int] = {}
         self._output: weakref.ref[Tensor] | None = None
         """What the unit before left; where the next one takes it as it is, nothing lies between them."""
 
@@ -94,10 +106,12 @@ class Tracer(TorchDispatchMode):
         """Storages of `tensors` have this role; those not seen before come to be now."""
         for tensor in tensors:
             self._see(tensor, "own")
-            self.trace.roles[self._numbers[_key(_local(tensor))]] = role
+            for part in _plain(tensor):
+                self.trace.roles[self._numbers[_key(part)]] = role
 
     def enter(self, phase: str, name: str) -> None:
         """From here on, events are of another part."""
+        self._in_backward = phase == "backward"
         visit = self._visits.get((phase, name), 0)
         self._visits[phase, name] = visit + 1
         self.trace.cuts.append((len(self.trace.events), Part(phase, name, visit)))
@@ -114,13 +128,17 @@ class Tracer(TorchDispatchMode):
     # ---- recording
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(kind, DTensor) for kind in types):
-            return NotImplemented  # its local operations come here one by one
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # operations on what it wraps come here one by one
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if self in _paused:
+            return result
         op = op_of(func, args, kwargs, result)
         if op is not None:
-            self.trace.events.append(op)
+            # Gradients are computed with gradients off, and what backward computes once more is not.
+            again = _again[-1] or (self._in_backward and torch.is_grad_enabled())
+            self.trace.events.append(op._replace(recompute=again))
         if role := _ROLES_OF_ARGUMENTS.get(func.namespace):
             for tensor in tree_iter((args, kwargs, result)):
                 if isinstance(tensor, Tensor):
@@ -133,9 +151,12 @@ class Tracer(TorchDispatchMode):
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor, str(func))
+        if self.on_cpu:
+            self._scratch(list(_scratch_on_cpu(func, args, op, result)))
         return result
 
     def __enter__(self) -> Tracer:
+        _entered.append(self)
         self._resize = torch.UntypedStorage.resize_
 
         def resize(storage: torch.UntypedStorage, size: int) -> Any:
@@ -145,28 +166,40 @@ class Tracer(TorchDispatchMode):
             return storage
 
         torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign,assignment]
+        self._stream_context, torch.cpu.stream = torch.cpu.stream, self._on
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        _entered.remove(self)
         torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.cpu.stream = self._stream_context
         self._alive.clear()  # with it go the callbacks: what dies from now on is none of the trace
 
-    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
-        local = _local(tensor)
-        storage = local.untyped_storage()
-        key = storage._cdata
-        if key in self._numbers:
-            return
-        number = self._next
-        self._next += 1
-        self._numbers[key] = number
-        self._alive[number] = weakref.ref(storage, lambda _: self._gone(key, number))
-        if nbytes := self._rounded(storage.nbytes()):
-            self.trace.events.append(Alloc(number, nbytes, op, like))
+    @contextmanager
+    def _on(self, stream: torch.cpu.Stream) -> Iterator[None]:
+        """What FSDP does beside computation, on the streams of a device; on a CPU they are one."""
+        before, self._stream = self._stream, self._streams.setdefault(stream, len(self._streams) + 1)
+        try:
+            yield
+        finally:
+            self._stream = before
 
-    def _gone(self, key: int, number: int) -> None:
+    def _see(self, tensor: Tensor, op: str, like: int = -1) -> None:
+        for part in _plain(tensor):
+            storage = part.untyped_storage()
+            key = storage._cdata
+            if key in self._numbers:
+                continue
+            number = self._next
+            self._next += 1
+            self._numbers[key] = number
+            self._alive[number] = weakref.ref(storage, partial(self._gone, key, number))
+            if nbytes := self._rounded(storage.nbytes()):
+                self.trace.events.append(Alloc(number, nbytes, op, like, self._stream))
+
+    def _gone(self, key: int, number: int, _: object) -> None:
         del self._numbers[key], self._alive[number]
         self.trace.events.append(Free(number))
 
@@ -177,11 +210,18 @@ class Tracer(TorchDispatchMode):
         if before:
             self.trace.events.append(Free(number))
         if size:
-            self.trace.events.append(Alloc(number, self._rounded(size), "resize_"))
+            self.trace.events.append(Alloc(number, self._rounded(size), "resize_", -1, self._stream))
         self.trace.roles.setdefault(number, "unsharded parameters")
 
     def _rounded(self, nbytes: int) -> int:
         return -(-nbytes // self.block_bytes) * self.block_bytes
+
+    def _scratch(self, sizes: list[int]) -> None:
+        """What a kernel holds while it runs."""
+        for nbytes in sizes:
+            self.trace.events.append(Alloc(self._next, nbytes, "scratch"))
+            self._next += 1
+        self.trace.events += [Free(self._next - 1 - i) for i in range(len(sizes))]
 
     # ---- parts
 
@@ -211,16 +251,70 @@ class Tracer(TorchDispatchMode):
         self.enter("forward", "")
 
 
+def _scratch_on_cpu(func: Any, args: Any, op: Op | None, result: Any) -> Iterator[int]:
+    """Bytes that a CPU's kernel needs beside its result, where a device's needs none.
+
+    Elementwise operations convert operands to one dtype before they begin. Without units for bfloat16, matrix products
+    in it sum up in float32 first.
+    """
+    if torch.Tag.pointwise in func.tags:
+        operands = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim and arg.is_floating_point()]
+        common = reduce(torch.promote_types, [operand.dtype for operand in operands], torch.bfloat16)
+        yield from (arg.numel() * common.itemsize for arg in operands if arg.dtype != common)
+    elif op is not None and op.kind == "matmul" and op.dtype == torch.bfloat16 and not native_bf16(torch.device("cpu")):
+        yield 4 * result.numel()
+
+
+_entered: list[Tracer] = []
+_paused: list[Tracer] = []
+_again = [False]
+
+
+def note(op: Op) -> None:
+    """Records an operation that nobody dispatches: a compiled kernel."""
+    for tracer in _entered:
+        tracer.trace.events.append(op)
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Nothing is recorded."""
+    before = list(_paused)
+    _paused.extend(_entered)
+    try:
+        yield
+    finally:
+        _paused[:] = before
+
+
+@contextmanager
+def recomputing(again: bool) -> Iterator[None]:
+    """Operations compute once more what was computed before, or not."""
+    _again.append(again)
+    try:
+        yield
+    finally:
+        _again.pop()
+
+
 _ROLES_OF_ARGUMENTS = {"c10d": "communication", "_c10d_functional": "communication"}
 """Storages that go through collectives and are nothing else."""
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def _plain(tensor: Tensor) -> Iterator[Tensor]:
+    """What a tensor consists of that has memory: a DTensor's local part, numbers in float8 and their scale, ..."""
+    if isinstance(tensor, DTensor):
+        yield from _plain(tensor._local_tensor)
+    elif is_traceable_wrapper_subclass(tensor):
+        for name in (*getattr(tensor, "__slots__", ()), *getattr(tensor, "__dict__", ())):
+            if isinstance(part := getattr(tensor, name, None), Tensor):
+                yield from _plain(part)
+    else:
+        yield tensor
 
 
 def _key(tensor: Tensor) -> int:
-    return _local(tensor).untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata
 
 
 @contextmanager

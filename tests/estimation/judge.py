@@ -46,15 +46,26 @@ def measured_peak(tables: Mapping[str, Any], size: int) -> int:
 
 def _peak(run: Callable[[], object]) -> int:
     """Bytes above those at the start."""
+    live = peak = 0
+    for nbytes in _events(run):
+        live += nbytes
+        peak = max(peak, live)
+    return peak
+
+
+def net_bytes(run: Callable[[], object]) -> int:
+    """Bytes that are there afterwards and were not before."""
+    return sum(_events(run))
+
+
+def _events(run: Callable[[], object]) -> list[int]:
+    """What the allocator gives out, and takes back as negative numbers, in order."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         run()
     results = profile.profiler.kineto_results  # type: ignore[union-attr]
-    live = peak = 0
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak
+    events = sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
+    return [event.nbytes() for event in events]
 
 
 def local_bytes(tensor: Tensor) -> int:

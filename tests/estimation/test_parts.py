@@ -79,19 +79,46 @@ def _in_optimizer(found: Rehearsal) -> int:
 
 def test_saved_activations_of_a_block():
     """What is kept for backward, counted by hand, in float32."""
-    blocks = {mode: _saved({"mode": mode}) for mode in ("none", "full")}
+    op = {"mode": "selective", "selective_ac_option": "op"}
+    none, full, op = (_saved(mode) for mode in ({"mode": "none"}, {"mode": "full"}, op))
     x, kv, hidden, row = B * T * D * 4, B * T * 64 * 4, B * T * F * 4, B * T * 4
     norm = x + row  # its result, which the matrices behind it keep, and one number per row
     attention = x + 2 * kv + 2 * x + B * 4 * T * 4  # rotated q and k, v; the result, twice, and its log-sum-exp
     # The stream between the branches, both norms, gate, its activation, up, and their product.
-    assert blocks["none"] == pytest.approx(x + x + 2 * norm + attention + 4 * hidden, rel=0.02)
-    assert blocks["full"] == x
+    assert none == pytest.approx(x + x + 2 * norm + attention + 4 * hidden, rel=0.02)
+    assert full == x
+    # The input; of q, k, v, the output matrix, gate, up and down each second product; attention's result.
+    assert op == pytest.approx(x + x + kv + hidden + x + x + B * 4 * T * 4, rel=0.02)
 
 
 def _saved(checkpoint: dict[str, Any]) -> int:
     """By the second block, behind whose input the first has ended."""
     saved = memory_of(rehearsed(tables(3, activation_checkpoint=checkpoint)).trace).saved
     return saved["stack.blocks.1"]
+
+
+def test_parameters_and_adam():
+    """4 bytes of each parameter, and twice that, but for step counts; half of it all on each of two ranks."""
+    n = 2 * V * D + D + 2 * (2 * D * D + 2 * D * 64 + 3 * D * F + 2 * D)
+    for size in (1, 2):
+        live = memory_of(rehearsed(tables(2), size).trace).peak.live
+        assert live["parameters"] == pytest.approx(4 * n / size, rel=0.01)
+        assert live["optimizer state"] == pytest.approx(8 * n / size, rel=0.01)
+
+
+def test_layers_lie_on_a_line():
+    two, three, four = (memory_of(rehearsed(tables(n)).trace).peak.total for n in (2, 3, 4))
+    assert four - three == three - two
+
+
+def test_recomputation_is_told_apart():
+    device = device_of("h100-80gb")
+    job = tables(2, activation_checkpoint={"mode": "full"})
+    found = compute_of(rehearsed(job), device, Assumptions()).by_phase
+    plain = compute_of(rehearsed(tables(2)), device, Assumptions()).by_phase
+    head = 2 * B * T * V * D
+    assert found["recompute"] == plain["forward"] - head
+    assert (found["forward"], found["backward"]) == (plain["forward"], plain["backward"])
 
 
 def test_logits_of_a_dense_loss():
@@ -132,6 +159,7 @@ def test_a_collective_crosses_the_narrowest_link():
     assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
     assert seconds(dp_replicate=1, dp_shard=16, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
     assert seconds("dp_shard+cp", dp_replicate=1, dp_shard=8, cp=2, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
+    assert seconds("dp_shard+cp", dp_shard=2, cp=8, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
 
 
 def test_allocator_rounds_up_and_reuses():
@@ -145,6 +173,12 @@ def test_allocator_rounds_up_and_reuses():
     grown = [Alloc(1, 40 * MIB, ""), Free(1), Alloc(2, 60 * MIB, "")]
     assert reserved(grown) == 100 * MIB  # no free block is large enough, and none is given back
     assert reserved(grown, expandable=True) == 60 * MIB
+
+
+def test_streams_do_not_share():
+    """What one stream has freed is not there for another."""
+    events = [Alloc(1, 40 * MIB, "", stream=1), Free(1), Alloc(2, 40 * MIB, "")]
+    assert replay(events).reserved == 80 * MIB
 
 
 def test_periods():
