@@ -174,7 +174,8 @@ def _eager(job: Job) -> Job:
 
 def _compiled(training: Training, job: Job) -> Graphs:
     """Has blocks and the loss run as graphs, where the job compiles them."""
-    graphs = Graphs()
+    checkpoint = job.activation_checkpoint
+    graphs = Graphs(checkpoint.memory_budget if checkpoint.mode == "memory_budget" else 1.0)
     components = job.compile.components if job.compile.enable else ()
     if "model" in components:
         plain = isinstance(job.model.stack, PlainStack.Config)

@@ -153,7 +153,7 @@ def test_a_collective_crosses_the_narrowest_link():
     trace = Trace([op], [(0, Part("forward", "", 0))])
 
     def seconds(over: str = "dp_shard", **axes: int) -> float:
-        return compute_of(Rehearsal(trace, {"g": over}, axes, 1, 1, 1, 1), device, exact).seconds
+        return compute_of(Rehearsal(trace, {"g": over}, axes, {}, 1, 1, 1, 1), device, exact).seconds
 
     assert seconds(dp_replicate=1, dp_shard=8) == pytest.approx(2**30 * 7 / 8 / 450e9)
     assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
