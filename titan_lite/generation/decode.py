@@ -85,7 +85,7 @@ def _together(
             row.tokens.append(token)
             row.left -= 1
             yield row.number, token
-            if not row.left or stop(row.number, token):
+            if stop(row.number, token) or not row.left:  # it is told of every token
                 ended.add(index)
         if ended:
             staying = [index for index in range(len(rows)) if index not in ended]
