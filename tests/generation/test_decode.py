@@ -66,9 +66,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"attention": {"n_heads": 4, "n_kv_heads": 1, "masks": WINDOW}},
     "latents": {"attention": LATENT},
-    "alibi and registers": {
-        "attention": {"n_heads": 4, "position": "alibi", "registers": {"type": "learned", "n": 2}}
-    },
+    "alibi and registers": {"attention": {"n_heads": 4, "position": "alibi", "registers": {"type": "learned", "n": 2}}},
     "learned positions": {"embedding": {"position": {"type": "learned", "max_len": 40}}},
     "experts": {"ffn": {"type": "moe", "experts": {"hidden": 24}, "n_experts": 4, "top_k": 2}},
     "recurrent": {"residual": "sandwich_sum", "stack": RECURRENT},

@@ -119,8 +119,6 @@ def test_draws_have_the_frequencies_of_the_probabilities() -> None:
     assert ((counts - expected).abs() <= 4 * spread).all()
 
 
-
-
 def test_the_largest_draw_is_a_token_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     largest = torch.tensor([1 - 2.0**-53], dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *_, **__: largest)
@@ -141,7 +139,9 @@ def test_a_tiny_temperature_is_greedy() -> None:
     assert chosen(Sampling(temperature=1e-300, top_k=2), values[:1]) == [1]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=0, repetition_penalty=2)])
+@pytest.mark.parametrize(
+    "sampling", [Sampling(), Sampling(temperature=0), Sampling(temperature=0, repetition_penalty=2)]
+)
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_broken_logits_are_told(sampling: Sampling, broken: float) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):

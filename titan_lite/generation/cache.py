@@ -24,8 +24,9 @@ class LayerCache(LayerMemory):
             self.v = v.new_empty(*v.shape[:2], self.cache.capacity, v.shape[3])
         start, stop = self.cache.length, self.cache.length + k.shape[2]
         assert stop <= self.cache.capacity, f"{stop} tokens in a cache for {self.cache.capacity}"
-        self.k[:, :, start:stop], self.v[:, :, start:stop] = k, v
-        return self.k[:, :, :stop], self.v[:, :, :stop]
+        self.k.narrow(2, start, stop - start).copy_(k)
+        self.v.narrow(2, start, stop - start).copy_(v)
+        return self.k.narrow(2, 0, stop), self.v.narrow(2, 0, stop)
 
     def take(self, other: LayerCache, tokens: int) -> None:
         """Writes what this call's `tokens` tokens have written into `other`."""
