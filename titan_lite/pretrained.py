@@ -20,6 +20,7 @@ from titan_lite.data.pieces import prompt_ids
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.generation.engine import Engine, alone, no_memory
 from titan_lite.job import Job
+from titan_lite.models.memory import LaneMemory
 from titan_lite.models.module import warn_of_doubts
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.parallel.config import Parallelism
@@ -46,20 +47,23 @@ class Pretrained(NamedTuple):
         """Tokens with which the model ends a text."""
         return frozenset({self.tokenizer.eos_id})
 
+    def memory(self) -> LaneMemory:
+        """What the model's training remembered with, empty."""
+        return lane_memory(self.job, self.model, self.device, DTYPES[self.job.training.dtype])
+
+    def remembers(self) -> bool:
+        """Whether texts are read in segments, of which each remembers those before."""
+        return self.memory().decoding(self.job.training.seq_len) is not None
+
     def engine(self, agree: Callable[[Any], Any] = alone) -> Engine:
         """What decodes from it; see `Engine` for `agree`."""
-        device = next(self.model.parameters()).device
-        memory = lane_memory(self.job, self.model, device, DTYPES[self.job.training.dtype])
-        new_memory = partial(memory.decoding, self.job.training.seq_len)
-        remembers = new_memory() is not None
-        return Engine(
-            self.model,
-            device,
-            self.tokenizer.vocab_size,
-            self.ends(),
-            agree,
-            new_memory if remembers else no_memory,
-        )
+        new_memory = partial(self.memory().decoding, self.job.training.seq_len) if self.remembers() else no_memory
+        return Engine(self.model, self.device, self.tokenizer.vocab_size, self.ends(), agree, new_memory)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
 
 
 def is_hf_folder(path: Path) -> bool:
