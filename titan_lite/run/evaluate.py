@@ -4,8 +4,8 @@
 
 Files are .txt (one document each), .jsonl, .jsonl.gz, .jsonl.zst or .parquet (a document per row), folders or globs.
 Each document is read from its beginning, behind the token with which documents begin; that it ends is not scored. A
-document longer than a window is read in windows that overlap: each token but those of the first window is predicted from
-more than seq-len - stride tokens before it. Models with a memory read each document once, in segments.
+document longer than a window is read in windows that overlap: each token but those of the first window is predicted
+from more than seq-len - stride tokens before it. Models with a memory read each document once, in segments.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
-from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, ConfigError, main_guard
+from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, NOT_ALLOWED, ConfigError, Problem, main_guard
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -96,7 +96,6 @@ def window_of(options: argparse.Namespace, loaded: Pretrained) -> tuple[int, int
 
 def source_of(options: argparse.Namespace) -> Files:
     """The files. ConfigError where there are none, or one that is no text."""
-    from titan_lite.config.errors import Problem
     from titan_lite.data.sources.files import Files, local_files, missing
     from titan_lite.data.sources.formats import FORMATS, reader_of
 
@@ -104,7 +103,7 @@ def source_of(options: argparse.Namespace) -> Files:
     for entry in options.text:
         found = local_files(entry)
         if not found:
-            problems.append(Problem(NOT_ALLOWED, "--text", missing(entry), entry))
+            problems.append(Problem(FILE_MISSING, "--text", missing(entry), entry))
         problems += [
             Problem(NOT_ALLOWED, "--text", "has no known ending", str(path), ", ".join(FORMATS))
             for path in found
