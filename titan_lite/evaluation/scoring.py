@@ -129,8 +129,11 @@ class MemoryScorer:
     @torch.no_grad()
     def __call__(self, texts: Iterable[Sequence[int]]) -> Iterator[Scores]:
         for ids in texts:
+            n = len(ids) - 1
             tokens = torch.tensor([list(ids)], device=self.device)
-            documents = torch.zeros(1, len(ids) - 1, dtype=torch.int32, device=self.device)
+            # What a memory keeps are whole segments; nothing that is scored sees what fills up the last one.
+            tokens = F.pad(tokens, (0, -n % self.seq_len))
+            documents = torch.zeros_like(tokens[:, 1:], dtype=torch.int32)
             pieces = self.memory.reading(tokens[:, :-1], tokens[:, 1:], documents, self.seq_len)
             found = [
                 self.model(
@@ -141,7 +144,7 @@ class MemoryScorer:
                 ).cpu()
                 for piece in pieces
             ]
-            losses, likeliest = torch.cat(found, dim=2)[:, 0]
+            losses, likeliest = torch.cat(found, dim=2)[:, 0, :n]
             yield Scores(losses.double(), likeliest.bool())
 
 
