@@ -7,6 +7,7 @@ import json
 import os
 from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +17,12 @@ from scripts.generate import main
 from tests.distributed.pool import WorkerPool
 from tests.hf.checkpoints import save_random
 from tests.hf.test_export import model_tables
+from titan_lite.config.errors import ConfigError
+from titan_lite.config.load import job_from_dict
 from titan_lite.generation import BeamSearch, Sampling, generate
 from titan_lite.hf.export import export
 from titan_lite.hf.verify import load_theirs, quiet_transformers
-from titan_lite.pretrained import load_pretrained
+from titan_lite.pretrained import empty_model, load_pretrained
 
 CPU = torch.device("cpu")
 PROMPTS = ["def main(", "Grüße", "x"]
@@ -159,6 +162,13 @@ def test_two_ranks_with_half_of_the_model_each_say_what_one_does(
     assert second[0] == ""
     whole = load_pretrained(path, CPU).model.stack.blocks["0"].attention.q.weight.shape
     assert first[1] == second[1] == (whole[0] // 2, whole[1])
+
+
+def test_a_model_that_does_not_go_into_equal_parts() -> None:
+    job = job_from_dict({"model": {"attention": {"n_heads": 4}, "ffn": {"hidden": 100}, "vocab_size": 258}})
+    with pytest.raises(ConfigError) as error:
+        empty_model(job, 258, CPU, SimpleNamespace(tp_size=3))  # type: ignore[arg-type]
+    assert {problem.key for problem in error.value.problems} == {"model.attention.n_heads", "model.ffn.hidden"}
 
 
 # ---- what is refused

@@ -27,7 +27,7 @@ from titan_lite.pretrained import load_pretrained
 
 MAX_NEW_TOKENS: Final = 256
 """Where a task does not say; the harness's own number."""
-IDLE: Final = ("do_sample", "until", "max_gen_toks", "seed")
+OTHERS: Final = ("do_sample", "until", "max_gen_toks", "seed")
 """What `generate_until` reads beside the numbers of `STEPS`."""
 
 
@@ -122,8 +122,8 @@ class TitanLite(TemplateLM):
     def _continued(self, contexts: list[str], how: dict[str, Any]) -> list[str]:
         wanted = dict(normalize_gen_kwargs(how, MAX_NEW_TOKENS))
         names = {step.name for step in STEPS}
-        if unknown := sorted(wanted.keys() - names - set(IDLE)):
-            allowed = ", ".join(sorted(names | set(IDLE)))
+        if unknown := sorted(wanted.keys() - names - set(OTHERS)):
+            allowed = ", ".join(sorted(names | set(OTHERS)))
             raise ConfigError.at("generation_kwargs", "has settings that are not known here", unknown, allowed)
         new = int(wanted["max_gen_toks"])
         room = self.max_length - new

@@ -38,7 +38,7 @@ class Totals:
 
     def means(self) -> dict[str, Any]:
         """`loss` is the mean over tokens, `document_loss` the mean over documents of their own means, both in nats per
-        token; `perplexity` is exp(loss)."""
+        token; `perplexity` is exp(loss), at most exp(700)."""
         loss = self.nats / self.tokens
         return {
             "documents": self.documents,

@@ -35,8 +35,7 @@ class LayerCache(LayerMemory):
 
     def select(self, rows: Tensor) -> None:
         """See `KVCache.select`."""
-        if self.k.numel():
-            self.k, self.v = self._selected(self.k, rows), self._selected(self.v, rows)
+        self.k, self.v = self._selected(self.k, rows), self._selected(self.v, rows)
 
     def _selected(self, x: Tensor, rows: Tensor) -> Tensor:
         """Only what is filled is copied."""
@@ -70,5 +69,9 @@ class KVCache(Memory):
 
     def select(self, rows: Sequence[int]) -> None:
         """Row i becomes what row rows[i] was: of rows some may leave, and some may be repeated."""
-        for layer in self.layers.values():
-            layer.select(torch.tensor(rows, device=layer.k.device))
+        filled = [layer for layer in self.layers.values() if layer.k.numel()]
+        if not filled or list(rows) == list(range(filled[0].k.shape[0])):
+            return
+        index = torch.tensor(rows, device=filled[0].k.device)
+        for layer in filled:
+            layer.select(index)

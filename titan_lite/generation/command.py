@@ -127,8 +127,11 @@ class Command:
         if len(requests) == 1:
             tokens[0] += self._tokens(requests[0], streams[0])
         else:
-            add = lambda row, token: streams[row].add(token)  # noqa: E731
-            for row, token in decode(self.engine, requests, self.options.sampling, stop=add):
+
+            def stop(row: int, token: int) -> bool:
+                return streams[row].add(token)
+
+            for row, token in decode(self.engine, requests, self.options.sampling, stop):
                 tokens[row].append(token)
         return [self._finished(stream, made) for stream, made in zip(streams, tokens, strict=True)]
 
