@@ -32,6 +32,9 @@ def main(given: list[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print()  # behind what has been said so far
+        return 1
     return 0
 
 

@@ -184,6 +184,7 @@ def test_a_model_that_does_not_go_into_equal_parts() -> None:
         (("--prompt", "x", "--temperature", "0", "--top-p", "0.5"), "--top-p has no effect with --temperature 0"),
         (("--prompt", "x", "--temperature", "0", "--samples", "2"), "--samples has no effect with --temperature 0"),
         (("--prompt", "x", "--beams", "2", "--seed", "1"), "--seed has no effect with --beams"),
+        (("--prompt", "x", "--temperature", "0", "--seed", "0"), "--seed has no effect with --temperature 0"),
         (("--prompt", "x", "--beams", "1"), "--beams 1: allowed is at least 2"),
         (("--prompt", "x", "--length-penalty", "1"), "--length-penalty has no effect without --beams"),
         (("--prompt", "x", "--beams", "2", "--stop", "y"), "--stop is not available with --beams"),

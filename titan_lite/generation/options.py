@@ -136,7 +136,8 @@ def _check_together(parser: argparse.ArgumentParser, options: argparse.Namespace
         (greedy, "with --temperature 0: nothing is drawn", OF_DRAWS),
     ):
         for name in idle if holds else ():
-            if getattr(options, name) not in (None, False):
+            value = getattr(options, name)
+            if value is not None and value is not False:  # a 0 was given
                 parser.error(f"{_flag(name)} has no effect {where}")
     if options.beams and options.stop:
         parser.error("--stop is not available with --beams")

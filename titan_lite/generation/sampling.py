@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from titan_lite.generation.steps import STEPS, LogitStep, Texts
+from titan_lite.generation.steps import STEPS, LogitStep, Temperature, Texts
 
 Generators: TypeAlias = Sequence[torch.Generator]
 
@@ -37,7 +37,9 @@ class Sampling:
 
     def idle(self) -> list[str]:
         """Names of the numbers that can have no effect: with temperature = 0 nothing is drawn."""
-        return [step.name for step in self.steps() if step.for_drawing and not self.temperature and step.value]
+        if self.temperature:
+            return []
+        return [step.name for step in self.steps() if step.for_drawing and step.name != Temperature.name]
 
     def sampler(self) -> Sampler:
         """What chooses: the likeliest token where the temperature is 0, else one that is drawn."""
