@@ -28,6 +28,10 @@ CASES: dict[str, tuple[str, Found]] = {
     "value for slot": ("[model]\nnorm = 3", [("E002", 2, "model.norm")]),
     "date": ("[training]\nsteps = 2026-01-01", [("E002", 2, "training.steps")]),
     "int in a list of strings": ('[generation]\nprompts = ["a", 1]', [("E002", 2, "generation.prompts[1]")]),
+    "sampling that draws nothing": (
+        '[generation]\nprompts = ["a"]\ntemperature = 0.0\ntop_k = 5\nrepetition_penalty = 1.2\nmin_p = 0.1',
+        [("E005", 4, "generation.top_k"), ("E005", 6, "generation.min_p")],
+    ),
     "neither member of a union": ("[data.source]\ntype = 'files'\npath = 3", [("E002", 3, "data.source.path")]),
     "determinism check": (
         '[activation_checkpoint]\ndeterminism_check = "of course"',

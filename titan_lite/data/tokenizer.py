@@ -42,6 +42,11 @@ class Tokenizer(Component):
         """
         raise NotImplementedError
 
+    def encode_framed(self, text: str) -> Ids:
+        """As other programs encode a whole text with this vocabulary: behind what they put before it."""
+        before = [] if self.bos_id is None else [self.bos_id]
+        return np.concatenate((np.array(before, dtype=np.int64), self.encode(text)))
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; specials give nothing, bytes that are not UTF-8 (a cut character) give U+FFFD."""
         raise NotImplementedError

@@ -77,7 +77,9 @@ def import_folder(source: Path, out: Path) -> Job:
     shape = Shape.of(config, folder.tables["vocab_size"], folder.context_len)
     tensors = our_tensors(folder, shape)
     files = _tokenizer_files(source)
-    imported = Imported(str(source), folder.model_type, folder.tables, folder.context_len, tensors, files, _end(folder))
+    imported = Imported(
+        str(source), folder.model_type, folder.tables, folder.context_len, tensors, files, end_of_text(folder)
+    )
     return write_import(imported, out)
 
 
@@ -119,7 +121,7 @@ def _tokenizer_files(source: Path) -> dict[str, bytes]:
     raise ConfigError.at(str(source), why, code=FILE_MISSING)
 
 
-def _end(folder: Folder) -> str:
+def end_of_text(folder: Folder) -> str:
     """Number of the end of text as text, where the config has one."""
     end = folder.settings.get("eos_token_id")
     return str(end if isinstance(end, int) else "")
@@ -131,7 +133,7 @@ def _job_tables(imported: Imported, folder: Path, out: Path) -> tuple[Tables, To
     choice: dict[str, Any] = {"type": kind, "path": str(folder / "tokenizer" / name)}
     if imported.choice is not None:
         choice = dict(imported.choice)
-    tokenizer = _built(choice, imported)
+    tokenizer = built_tokenizer(choice, imported.eos)
     vocab_size = imported.tables["vocab_size"]
     if tokenizer.vocab_size > vocab_size:
         why = f"has {tokenizer.vocab_size} tokens, and the model's embedding {vocab_size} rows"
@@ -148,16 +150,17 @@ def _job_tables(imported: Imported, folder: Path, out: Path) -> tuple[Tables, To
     return tables, tokenizer
 
 
-def _built(choice: dict[str, Any], imported: Imported) -> Tokenizer:
-    """The tokenizer; where its files do not name the end of text, the model's config may."""
+def built_tokenizer(choice: dict[str, Any], eos: str) -> Tokenizer:
+    """The tokenizer of a [tokenizer] table; where its files do not name the end of text, the model's config may, by its
+    number `eos`, and the table then gets the name."""
     try:
         return Tokenizer.Config.choose(choice).build()
     except ConfigError:
-        if choice["type"] != "huggingface" or not imported.eos:
+        if choice["type"] != "huggingface" or not eos:
             raise
         from tokenizers import Tokenizer as Pipeline
 
-        choice["eos"] = Pipeline.from_file(choice["path"]).id_to_token(int(imported.eos)) or ""
+        choice["eos"] = Pipeline.from_file(choice["path"]).id_to_token(int(eos)) or ""
         return Tokenizer.Config.choose(choice).build()
 
 

@@ -37,6 +37,7 @@ from titan_lite.models.module import Module
 from titan_lite.models.mtp import MTP, Further, NoMTP, nothing_further
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
+from titan_lite.models.position import Position
 from titan_lite.models.residual import PreNorm, Residual
 from titan_lite.models.row import WHOLE, Row
 from titan_lite.models.stack import PlainStack, Stack, Streams
@@ -244,6 +245,11 @@ class Transformer(Module):
             row=row,
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
+
+    @property
+    def positions_move(self) -> bool:
+        """Whether what a token's position does changes when tokens follow."""
+        return any(part.moves for part in self._shared.values() if isinstance(part, Position))
 
     def blocks(self) -> dict[str, nn.Module]:
         """All distinct blocks by their paths: what is checkpointed and compiled."""

@@ -16,6 +16,7 @@ from titan_lite.config.fields import (
     Folder,
     InnerFolder,
     NonNegativeFloat,
+    PositiveFloat,
     PositiveInt,
     PositiveOrMinusOne,
     Seed,
@@ -278,8 +279,23 @@ class Generation(ConfigBase):
     """Sample among the k likeliest tokens; 0 = all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Sample among the likeliest tokens that together have this probability; 1 = all."""
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Sample among tokens at least this times as likely as the likeliest one; 0 = all."""
+    typical_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Sample among the tokens of the most typical -log p that together have this probability; 1 = all."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Logits of tokens that are in the text, prompt included, are divided by it (multiplied where they are negative);
+    1 = they stay."""
     seed: Seed = 0
     """Seed of the sampling."""
+
+    def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+        names = ("top_k", "top_p", "min_p", "typical_p")
+        for name in names if self.prompts and not self.temperature else ():
+            value, off = getattr(self, name), type(self).model_fields[name].default
+            if value != off:
+                why = "has no effect with temperature = 0: nothing is drawn"
+                yield Problem(CROSS_FIELD, f".{name}", why, value, f"{off}, or a temperature above 0")
 
 
 class Debug(ConfigBase):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from titan_lite.config.errors import ConfigError
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.generation import Sampling, generate
+from titan_lite.generation.text import visible
 from titan_lite.parallel.fsdp import evaluating
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
     """Logs one continuation per prompt. All ranks take part: a sharded model needs them in each forward."""
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    sampling = Sampling.of(config)
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)
         with evaluating(training.model):
@@ -41,5 +42,4 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
             except (FloatingPointError, ConfigError) as error:
                 logger.error("No sample: %s", error)
                 return
-        # A model may write escape sequences, which are not for the terminal to follow.
-        logger.info("Sample: %s", "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+        logger.info("Sample: %s", visible(text))

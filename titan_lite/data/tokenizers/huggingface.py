@@ -73,6 +73,16 @@ class HuggingFace(Tokenizer):
     def encode(self, text: str, continued: bool = False) -> Ids:
         return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
+    def encode_framed(self, text: str) -> Ids:
+        return np.array(self.backend.encode(text, add_special_tokens=True).ids, dtype=np.int64)
+
+    def encode_marked(self, text: str) -> Ids:
+        """Ids of a text in which the names of specials are specials: what a chat template has written."""
+        self.backend.encode_special_tokens = False
+        ids = self.encode(text)
+        self.backend.encode_special_tokens = True
+        return ids
+
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 

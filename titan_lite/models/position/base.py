@@ -41,6 +41,8 @@ class Position(Module):
 
     key: str
     bias: ScoreBias = ScoreBias()
+    moves: ClassVar[bool] = False
+    """Whether what it does to a token changes when tokens follow: then it matters in which calls a text is read."""
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "position"

@@ -140,6 +140,8 @@ class RoPE(Position):
 class MovingRoPE(RoPE):
     """Rotary positions that change as the text grows: keys are remembered as they are, and all of them are rotated."""
 
+    moves = True
+
     def prepare(self, context: Context) -> Anew:
         return self.anew(context)
 

@@ -42,6 +42,8 @@ class Stack(Module):
     """The distinct blocks by number; a ModuleDict, so that names survive cutting the stack into stages."""
     executed: Sequence[int]
     """See `Config.executed`."""
+    exits_early: bool = False
+    """Whether decoding may run less of it, by what all the tokens of a call come to."""
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "stack"

@@ -57,6 +57,13 @@ class Scoring:
         hiding = (mask for mask in self.masks if mask.hides(n_keys, documents))
         return not self.bias.key and all(isinstance(mask, Causal) for mask in hiding)
 
+    def newest_sees_all(self, context: Context, n_keys: int) -> bool:
+        """Whether there is one query, behind all keys, from which no mask hides any of them: a decoded token's."""
+        if len(context.positions) > 1 or context.first_key is not None or self.bias.key:
+            return False
+        hiding = (mask for mask in self.masks if mask.hides(n_keys, context.documents is not None))
+        return all(isinstance(mask, Causal) for mask in hiding)
+
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
         """What all masks allow; arguments as for `Mask.allowed`."""
         result: Tensor | None = None

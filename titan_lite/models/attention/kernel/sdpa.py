@@ -43,6 +43,8 @@ class SDPA(Kernel):
         size, documents = n_keys(context), context.documents is not None
         if self.scoring.plain_causal(len(context.positions), size, documents):
             return SDPAMask(is_causal=True, mask=None)
+        if self.scoring.newest_sees_all(context, size):
+            return SDPAMask(is_causal=False, mask=None)
         grids = self.scoring.grids(context, size)
         if grids.bias is None:
             return SDPAMask(is_causal=False, mask=grids.allowed)

@@ -38,6 +38,9 @@ class Exit(Component):
         iterations: Count = 0
         """Iterations outside training, or the most of them; 0 = mean_iterations."""
 
+    adaptive: ClassVar[bool] = False
+    """Whether it ever stops before that."""
+
     def __init__(self, config: Config, mean: int):
         self.iterations = config.iterations or mean
 
@@ -73,6 +76,7 @@ class AdaptiveExit(Exit):
                 why = f'has no effect: exit.type = "{kind}" compares an iteration with the one before'
                 yield Problem(CROSS_FIELD, ".iterations", why, 1, 'at least 2, or exit.type = "fixed"')
 
+    adaptive = True
     threshold: float = 0.0
     patience: int = 1
 

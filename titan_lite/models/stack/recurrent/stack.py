@@ -86,6 +86,7 @@ class RecurrentStack(Stack):
             mean=config.mean_iterations, backprop=config.backprop_iterations
         )
         self.exit: Exit = config.exit.build(mean=config.mean_iterations)
+        self.exits_early = self.exit.adaptive
 
     def forward(self, x: Tensor, context: Context) -> Streams:
         e, carry = self._run(self.before, 0, x, context, context.carry)

@@ -1,0 +1,83 @@
+"""Conversations against transformers' apply_chat_template."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+from scripts.train_tokenizer import train_bpe
+from titan_lite.config.errors import ConfigError
+from titan_lite.data.tokenizer import Bytes, Tokenizer
+from titan_lite.generation.chat import Chat
+
+TEMPLATE = """{{ bos_token }}{% for message in messages %}
+{%- if message.role == 'system' %}{{ raise_exception('no system messages') }}{% endif -%}
+<|turn|>{{ message.role }}
+{{ message.content | trim }}<|end|>
+{% endfor %}{% if add_generation_prompt %}<|turn|>assistant
+{% endif %}"""
+MESSAGES = [
+    {"role": "user", "content": " Hi <|turn|> there "},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "user", "content": "What is 2 + 2?"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer as it is published, with a template beside it."""
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Pipeline
+
+    out = tmp_path_factory.mktemp("chat")
+    made = train_bpe(iter(["user assistant Hello, what is 2 + 2? It is 4."] * 3), 280, None)
+    pipeline = Pipeline.from_str(made["tokenizer.json"].decode())
+    names = ["<|begin|>", "<|turn|>", "<|end|>"]
+    pipeline.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    pipeline.save(str(out / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|endoftext|>"}
+    (out / "tokenizer_config.json").write_text(json.dumps(config))
+    (out / "chat_template.jinja").write_text(TEMPLATE)
+    return out
+
+
+def built(path: Path) -> Tokenizer:
+    tokenizer: Tokenizer = Tokenizer.Config.choose({"type": "huggingface", "path": str(path)}).build()
+    return tokenizer
+
+
+def test_against_transformers(folder: Path) -> None:
+    tokenizer, theirs = built(folder), AutoTokenizer.from_pretrained(folder)
+    chat = Chat(tokenizer)
+    for n in (1, 3):
+        expected = theirs.apply_chat_template(MESSAGES[:n], add_generation_prompt=True, return_dict=False)
+        assert chat.ids(MESSAGES[:n]) == expected
+    # Elsewhere the names of specials stay ordinary text.
+    assert theirs.convert_tokens_to_ids("<|turn|>") not in tokenizer.encode(MESSAGES[0]["content"])
+
+
+def test_an_answer_ends_with_what_the_template_puts_behind_one(folder: Path) -> None:
+    theirs = AutoTokenizer.from_pretrained(folder)
+    assert Chat(built(folder)).ends() == {theirs.convert_tokens_to_ids("<|end|>")}
+
+
+def test_without_a_special_behind_an_answer_the_model_s_end_is_all_there_is(folder: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    assert Chat(built(tmp_path)).ends() == frozenset()
+
+
+def test_a_tokenizer_without_a_template_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    for tokenizer in (Bytes.Config().build(), built(tmp_path)):
+        with pytest.raises(ConfigError, match=r"--chat\n.*needs a chat template, and the tokenizer has none"):
+            Chat(tokenizer)
+
+
+def test_what_the_template_refuses_is_told(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="refuses this conversation: no system messages"):
+        Chat(built(folder)).ids([{"role": "system", "content": "Be brief."}])
