@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from tests.combinations.covering import Setting
-from tests.composition.array import ROUNDED, ROUTED
+from tests.combinations.factors import Row
+from tests.composition.array import ROUNDED, ROUTED, Array, text_of
 from tests.composition.campaign import Campaign
 from tests.composition.case import Outcome
 from tests.composition.layouts import LAYOUTS
@@ -137,16 +138,25 @@ def refused_techniques(findings: Findings) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def failure(job: tuple[Array, Row, Outcome]) -> str:
+    """A line for a job that is not equal."""
+    array, row, outcome = job
+    said = [line for line in outcome.failures[0].splitlines() if "Error" in line or ": " in line]
+    compiler = f"compile={row['compile']}, " if "compile" in row else ""
+    return f"- {compiler}{text_of(row, array.factors)}: {said[-1] if said else outcome.failures[0]}"
+
+
 def document(campaigns: Sequence[Campaign], when: str, machine: str) -> str:
     """The whole file."""
     findings = Findings(campaigns)
     jobs = [(row, outcome) for campaign in campaigns for row, outcome in campaign.outcomes]
-    failed = [(row, outcome) for row, outcome in jobs if outcome.failures]
+    failed = [(c.array, row, outcome) for c in campaigns for row, outcome in c.outcomes if outcome.failures]
     table = features_table(findings)
     notes = [f"{number}. {reason}" for reason, number in findings.reasons.items()]
     together = refused_techniques(findings)
     parts = [
         ABOUT.format(when=when, machine=machine, jobs=len(jobs), failed=len(failed), **CONSTANTS),
+        *(["## Jobs that differ\n", *map(failure, failed), ""] if failed else []),
         "## Techniques in float32, relative differences at most\n",
         *techniques_table(findings, rounded=False),
         "\n## Techniques in jobs that round, against float32\n",

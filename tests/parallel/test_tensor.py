@@ -112,6 +112,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
         },
     ),
+    "compiled to a budget": (
+        2,
+        TP2,
+        {"model": MOE},
+        {"compile": {"enable": True, "backend": "aot_eager"}, "activation_checkpoint": {"mode": "memory_budget"}},
+    ),
     "offloaded": (4, TP2, {}, {"training": {"enable_cpu_offload": True}}),
 }
 
