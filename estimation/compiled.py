@@ -37,6 +37,8 @@ SMALL = 2**16
 class Graphs:
     """What is compiled, by what it is compiled for."""
 
+    budget: float
+    """Share of the activations of blocks that is kept: `activation_checkpoint.memory_budget`, or 1."""
     found: dict[Hashable, Compiled] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     """Name of a function that is no one graph here -> why."""
@@ -58,7 +60,7 @@ class Region:
         key = (self.kind, torch.is_grad_enabled(), structure, *map(_look, tensors))
         compiled = self.graphs.found.get(key)
         if compiled is None:
-            compiled = Compiled()
+            compiled = Compiled(self.graphs.budget)
             try:
                 with paused():
                     compiled.trace(self._pure(leaves, places, structure, compiled), tensors)
@@ -95,9 +97,11 @@ class Compiled:
     structure: Any = None
     """Of the results."""
 
+    def __init__(self, budget: float):
+        self.budget = budget
+
     def trace(self, function: Callable[..., Any], tensors: Sequence[Tensor]) -> None:
         """Traces without running anything; raises whatever torch raises."""
-        budgets: list[float] = []
         again: set[str] = set()
 
         def forward(gm: fx.GraphModule, example_inputs: Any) -> Fused:
@@ -110,13 +114,12 @@ class Compiled:
 
         def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **keywords: Any) -> Any:
             again.update(_forward_names(joint, num_fwd_outputs))
-            budget = min(budgets, default=torch._functorch.config.activation_memory_budget)
-            with torch._functorch.config.patch(activation_memory_budget=budget):
+            with torch._functorch.config.patch(activation_memory_budget=self.budget):
                 return min_cut_rematerialization_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs, **keywords)
 
         decompositions = select_decomp_table()
         self.run = aot_function(function, forward, backward, partition, decompositions, inference_compiler=forward)
-        with composite_kernels(), _tagged_checkpoints(budgets):
+        with composite_kernels(), _tagged_checkpoints():
             _first_call(self.run, tensors)
 
 
@@ -150,8 +153,8 @@ def _in_place_of(module: nn.Module, tensors: Sequence[Tensor]) -> Iterator[None]
 
 
 @contextmanager
-def _tagged_checkpoints(budgets: list[float]) -> Iterator[None]:
-    """Checkpoints as tags on the operations of a graph, for the partitioner; budgets as it is told of them."""
+def _tagged_checkpoints() -> Iterator[None]:
+    """Checkpoints as tags on the operations of a graph, for the partitioner."""
     numbers = itertools.count(1)
 
     def checkpoint(function: Callable[..., Any], *args: Any, context_fn: Any = None, **_: Any) -> Any:
@@ -165,15 +168,7 @@ def _tagged_checkpoints(budgets: list[float]) -> Iterator[None]:
                 stack.enter_context(recording)
             return function(*args)
 
-    @contextmanager
-    def budget(share: float) -> Iterator[None]:
-        budgets.append(share)
-        yield
-
-    with (
-        mock.patch.object(activation, "checkpoint", checkpoint),
-        mock.patch.object(activation, "region_activation_memory_budget", budget),
-    ):
+    with mock.patch.object(activation, "checkpoint", checkpoint):
         yield
 
 

@@ -77,26 +77,28 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
             times = rehearsal.middle if micro_batch == 2 else 1
             if op.kind == "collective":
                 axis = rehearsal.groups.get(op.group, "world")
-                seconds = times * _collective_seconds(op, axis, rehearsal.axes, device, assumed)
+                of_experts = axis in rehearsal.expert_axes and axis not in rehearsal.axes
+                axes = rehearsal.expert_axes if of_experts else rehearsal.axes
+                seconds = times * _collective_seconds(op, axis, axes, device, assumed)
                 so_far = moved.get(axis, Axis(0, 0, 0.0))
                 moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
                 phases["recompute" if op.recompute else part.phase] += times * op.flops
                 kinds[op.kind] = kinds.get(op.kind, 0.0) + times * _seconds(op, device, assumed)
     kinds.pop(NEXT_MICRO_BATCH.kind, None)
-    axes = dict(sorted(moved.items()))
+    moved = dict(sorted(moved.items()))
     computing = sum(kinds.values())
     total, left = computing, computing
     host_seconds = copied / (device.host_link * assumed.link_efficiency)
     beside = [
         (axis_.seconds, assumed.data_parallel_overlap if name.startswith("dp_") else assumed.tensor_parallel_overlap)
-        for name, axis_ in axes.items()
+        for name, axis_ in moved.items()
     ]
     for seconds, overlap in (*beside, (host_seconds, assumed.host_overlap)):
         hidden = min(seconds * overlap, left)
         left -= hidden
         total += seconds - hidden
-    return Compute(total, kinds, sum(phases.values()), dict(phases), axes, host_seconds)
+    return Compute(total, kinds, sum(phases.values()), dict(phases), moved, host_seconds)
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from dataclasses import dataclass
 
@@ -84,12 +85,23 @@ NAMES = (*_TABLE, "cpu")
 
 
 def device_of(name: str) -> Device:
-    """The device of this name; ConfigError with all names for another one."""
+    """The device of this name, or of the one torch gives it; ConfigError with all names for another one."""
     if name == "cpu":
         return _this_machine()
+    name = _named_by_torch(name) or name
     if name not in _TABLE:
         raise ConfigError.at("--device", "is not in the table", name, ", ".join(NAMES), code=NOT_ALLOWED)
     return _TABLE[name]
+
+
+def _named_by_torch(name: str) -> str | None:
+    """Such as "h100-80gb" for "NVIDIA H100 80GB HBM3"."""
+    peak, size = peak_flops(name), re.search(r"(\d+) ?GB", name)
+    squeezed = name.lower().replace(" ", "")
+    alike = [device.name for device in _TABLE.values() if device.bf16 == peak]
+    alike = [each for each in alike if each.partition("-")[0] in squeezed]
+    sized = [each for each in alike if size and each.endswith(f"-{size[1]}gb")]
+    return next(iter(sized or alike), None)
 
 
 def _this_machine() -> Device:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,6 +21,8 @@ from titan_lite.models.flops import anew_flops_per_token, training_flops_per_tok
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.stack import RecurrentStack
 from titan_lite.models.transformer import Transformer
+from titan_lite.parallel.pipeline.plan import job_table, stage_plan
+from titan_lite.parallel.pipeline.schedule import timeline
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -35,12 +37,27 @@ ALWAYS_LEFT_OUT = (
 
 
 @dataclass(frozen=True)
+class StageEstimate:
+    """One pipeline rank."""
+
+    stages: tuple[int, ...]
+    layers: int
+    peak_live: int
+    reserved: int
+    seconds: float
+    """That it works in a step."""
+    flops: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """Everything about one rank's step."""
 
     device: Device
     world_size: int
     axes: dict[str, int]
+    rehearsal: Rehearsal
+    """The step itself, operation by operation."""
     memory: Memory
     reserved: int
     """Bytes that torch's caching allocator holds; on a CPU there is none, and they are the live ones."""
@@ -57,6 +74,11 @@ class Estimate:
     layers_traced: int
     layers: int
     host: Host
+    pipeline: tuple[StageEstimate, ...] = ()
+    """All pipeline ranks; everything else is of the one that needs the most memory, but for `compute.seconds`, which
+    are those of the slowest and its waiting for others."""
+    bubble: float = 0.0
+    """Share of a step in which pipeline ranks wait for each other, if their stages took equally long."""
 
     @property
     def sharing(self) -> int:
@@ -71,6 +93,8 @@ class Estimate:
     @property
     def flops_per_token(self) -> float:
         """Of all ranks that work on the token, as traced."""
+        if self.pipeline:
+            return sum(each.flops for each in self.pipeline) * self.sharing / self.axes["pp"] / self.tokens
         return self.compute.flops * self.sharing / self.tokens
 
     @property
@@ -132,6 +156,17 @@ class Estimate:
                 phase: flops * self.sharing / self.tokens for phase, flops in compute.by_phase.items()
             },
             "formula_flops_per_token": self.formula_flops_per_token,
+            "bubble": self.bubble,
+            "pipeline": [
+                {
+                    "stages": list(each.stages),
+                    "layers": each.layers,
+                    "peak_live_gib": each.peak_live / GIB,
+                    "peak_reserved_gib": each.reserved / GIB,
+                    "seconds": each.seconds,
+                }
+                for each in self.pipeline
+            ],
             "layers_traced": self.layers_traced,
             "layers": self.layers,
             "assumptions": self.assumed.model_dump(),
@@ -149,9 +184,34 @@ def default_world_size(job: Job) -> int:
 def estimate(
     job: Job, world_size: int, device: Device, assumed: Assumptions | None = None, recipe: Recipe = OURS
 ) -> Estimate:
-    """The estimate of a job that `load_job` accepts for this world size, run as `recipe` says."""
+    """The estimate of a job that `load_job` accepts for this world size, run as `recipe` says; of a pipeline's ranks,
+    of the fullest one."""
+    degree = job.parallelism.pipeline_parallel_degree
+    each = [_of_rank(job, world_size, device, assumed, recipe, i * world_size // degree) for i in range(degree)]
+    fullest = max(each, key=lambda one: one.memory.peak.total)
+    if degree == 1:
+        return fullest
+    plan, span = stage_plan(job), timeline(job_table(job))
+    ranks = tuple(
+        StageEstimate(
+            tuple(plan.stages_of(rank)),
+            sum(len(plan.layers[stage]) for stage in plan.stages_of(rank)),
+            one.memory.peak.total,
+            one.reserved,
+            one.compute.seconds,
+            one.compute.flops,
+        )
+        for rank, one in enumerate(each)
+    )
+    seconds = max(one.seconds for one in ranks) / (1 - span.bubble)
+    return replace(fullest, compute=replace(fullest.compute, seconds=seconds), pipeline=ranks, bubble=span.bubble)
+
+
+def _of_rank(
+    job: Job, world_size: int, device: Device, assumed: Assumptions | None, recipe: Recipe, rank: int
+) -> Estimate:
     model = _whole_model(job)
-    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, recipe)
+    rehearsal: Rehearsal = rehearse(_as_traced(job, device), world_size, not device.is_cpu, recipe, rank)
     ours = placed(rehearsal.trace, job, rehearsal.tokens // job.training.seq_len, not device.is_cpu)
     memory = memory_of(ours.trace)
     not_modelled = (*_not_modelled(job, model, device, rehearsal), *ALWAYS_LEFT_OUT)
@@ -165,6 +225,7 @@ def estimate(
         device=device,
         world_size=world_size,
         axes=rehearsal.axes,
+        rehearsal=rehearsal,
         memory=memory,
         reserved=live if device.is_cpu else replay(ours.trace.events).reserved,
         reserved_expandable=live if device.is_cpu else replay(ours.trace.events, expandable=True).reserved,
@@ -201,8 +262,13 @@ def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehea
         yield f"compile.backend = {job.compile.backend}: counts as inductor, which fuses operations"
     if job.training.enable_cpu_offload and not device.is_cpu:
         yield "training.enable_cpu_offload: the time of the optimizer on the host, which counts as on the device"
+    if job.parallelism.spreads_experts:
+        yield "routing: every expert gets equally many tokens; a busier one makes its rank slower, and fuller"
     if isinstance(job.model.stack, RecurrentStack.Config):
         yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
+    layout = job.parallelism
+    if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
+        yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
     if not device.is_cpu and _has_other_kernels(job, model):
         yield (
             'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '

@@ -5,7 +5,7 @@ A recipe is code of torch that another trainer calls and this one does not; noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
@@ -26,6 +26,7 @@ from titan_lite.models.ranks import Ranks
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.parallel.plan import SEQ
+from titan_lite.parallel.world import LossOf
 from titan_lite.step import Training
 
 if TYPE_CHECKING:
@@ -112,12 +113,12 @@ class OwnTokens(Lookup):
 class ReducedLast(FakeWorld):
     """Gradients stay whole, unreduced, until the last micro-batch."""
 
-    def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
+    def forward_backward(self, model: Transformer, losses: Iterable[LossOf], last: int) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, loss_of in enumerate(losses):
             if isinstance(model, FSDPModule):
                 model.set_requires_gradient_sync(index == last)
-            loss = loss_of()
+            loss = loss_of(model)
             loss.backward()
             total += loss.detach()
         return total

@@ -30,6 +30,7 @@ from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.objectives.lm import LanguageModeling
 from titan_lite.parallel.mesh import SHARDS
+from titan_lite.parallel.pipeline.plan import micro_batch_rows, n_micro_batches
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
 
@@ -50,6 +51,8 @@ class Rehearsal:
     """Process group of a collective -> the mesh's axes it runs over, joined by "+"."""
     axes: dict[str, int]
     """Sizes of the mesh's axes; nothing without a mesh."""
+    expert_axes: dict[str, int]
+    """Those of the mesh for experts; nothing where they are not spread over ranks."""
     tokens: int
     """This rank's tokens in the step."""
     middle: int
@@ -88,17 +91,18 @@ def micro_batches(job: Job, dp_size: int) -> list[int]:
     return [min(local, share - done) for done in range(0, share, local)]
 
 
-def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS) -> Rehearsal:
-    """The second step of `job`, in which optimizer states exist, on rank 0 of `world_size`.
+def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS, rank: int = 0) -> Rehearsal:
+    """The second step of `job`, in which optimizer states exist, on one rank of `world_size`.
 
     `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
     equal layers a few are traced and stand for the others, where they are found to do equal things.
     """
-    for periods in [None] if recipe.one_graph else _ways_to_repeat(job.model, _every(job)):
+    several = job.parallelism.pipeline_parallel_degree > 1  # stages, whose layers have numbers that count
+    for periods in [None] if several or recipe.one_graph else _ways_to_repeat(job.model, _every(job)):
         if periods is None:
-            return _rehearse(job, world_size, on_device, recipe, None)
+            return _rehearse(job, world_size, on_device, recipe, None, rank)
         try:
-            return _rehearse(job, world_size, on_device, recipe, periods)
+            return _rehearse(job, world_size, on_device, recipe, periods, rank)
         except UnequalPeriodsError:
             continue
     raise AssertionError("the last way is to trace all layers")
@@ -123,7 +127,9 @@ def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Per
     yield None
 
 
-def _rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe, periods: Periods | None) -> Rehearsal:
+def _rehearse(
+    job: Job, world_size: int, on_device: bool, recipe: Recipe, periods: Periods | None, rank: int
+) -> Rehearsal:
     layers = len(job.model.stack.executed(job.model.n_layers))
     if periods is not None:
         kept = _Kept.model_construct(**dict(job.model))
@@ -133,7 +139,7 @@ def _rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe, period
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
-        world = stack.enter_context(fake_world(job, precision, world_size))
+        world = stack.enter_context(fake_world(job, precision, world_size, rank))
         with recipe.building():
             training = build(_eager(job), world, precision, vocabulary(job), blank=True)
         graphs = _compiled(training, job)
@@ -145,13 +151,16 @@ def _rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe, period
         middle = max(1, len(sizes) - 2)
         tokens = sum(sizes) * job.training.seq_len
         batches = _batches(job, sizes[:1] + sizes[1:-1][:1] + sizes[1:][-1:])
+        if world.pp_size > 1:  # runs of the schedule are alike, and each is a whole one
+            middle, batches = 1, _batches(job, [micro_batch_rows(job)] * n_micro_batches(job))
         groups = _groups(world)
         trace = record(training, batches, on_device)
     if periods is not None:
         numbers = {f"stack.blocks.{i}": number for i, number in enumerate(periods.kept)}
         trace = repeated(trace, periods, numbers)
     traced_layers = layers if periods is None else len(periods.kept)
-    return Rehearsal(trace, groups, world.axes, tokens, middle, traced_layers, layers, graphs.failures)
+    sizes_of = (world.axes, world.expert_axes)
+    return Rehearsal(trace, groups, *sizes_of, tokens, middle, traced_layers, layers, graphs.failures)
 
 
 def _eager(job: Job) -> Job:
@@ -165,7 +174,8 @@ def _eager(job: Job) -> Job:
 
 def _compiled(training: Training, job: Job) -> Graphs:
     """Has blocks and the loss run as graphs, where the job compiles them."""
-    graphs = Graphs()
+    checkpoint = job.activation_checkpoint
+    graphs = Graphs(checkpoint.memory_budget if checkpoint.mode == "memory_budget" else 1.0)
     components = job.compile.components if job.compile.enable else ()
     if "model" in components:
         plain = isinstance(job.model.stack, PlainStack.Config)
@@ -185,7 +195,8 @@ def _compiled(training: Training, job: Job) -> Graphs:
 def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -> Trace:
     """The trace of a second step, in a real world or a fake one, with storages as a device or this machine has them."""
     n_tokens = float(sum(batch.tokens.numel() for batch in batches) * training.world.dp_size)
-    step(training, batches if hasattr(training.memory, "slots") else batches[:1], n_tokens, 0)
+    whole = hasattr(training.memory, "slots") or training.world.pp_size > 1
+    step(training, batches if whole else batches[:1], n_tokens, 0)
     model, tracer = training.model, Tracer(BLOCK_BYTES if on_device else 1, on_cpu=not on_device)
 
     def objective(*args: Any) -> Tensor:
@@ -193,7 +204,7 @@ def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -
         return training.objective(*args)
 
     names = {module: name for name, module in model.named_modules()}
-    units = {names[unit]: unit for unit in model.shard_units()}
+    units = {names[unit]: unit for part in model.stages for unit in part.shard_units()}
     handle = training.optimizer.register_step_pre_hook(lambda *_: tracer.enter("optimizer", ""))
     try:
         with traced(tracer, units) as trace:
@@ -221,9 +232,9 @@ def own(tracer: Tracer, training: Training, units: dict[str, nn.Module]) -> None
         tracer.own(iter(slot.tensors().values()), "memory")
 
 
-def _gathered(model: nn.Module) -> Iterator[Tensor]:
+def _gathered(model: Transformer) -> Iterator[Tensor]:
     """What FSDP gathers parameters into: of no size while they are not."""
-    for module in model.modules():
+    for module in (module for part in model.stages for module in part.modules()):
         if isinstance(module, FSDPModule):
             for group in module._get_fsdp_state()._fsdp_param_groups:
                 for parameter in group.fsdp_params:
@@ -270,12 +281,12 @@ def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
 
 def _groups(world: FakeWorld) -> dict[str, str]:
     found: dict[str, str] = {}
-    for mesh in (world.mesh, world.second_mesh):
+    for mesh in (world.mesh, world.second_mesh, *world.expert_meshes):
         for axis in () if mesh is None else mesh.mesh_dim_names or ():
             assert mesh is not None
             found[mesh.get_group(axis).group_name] = axis
-            if axis == "cp":
-                found[mesh[SHARDS].get_group().group_name] = "dp_shard+cp"
+        if mesh is not None and world.cp_size > 1:
+            found[mesh[SHARDS].get_group().group_name] = "dp_shard+cp"
     return found
 
 

@@ -2,31 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from estimation.compute import Assumptions
 from estimation.devices import GIB
 from estimation.estimate import Estimate
+from estimation.memory import Memory
+from estimation.question import Outcome
+from titan_lite.config.errors import show
 
 
-def text(found: Estimate, tokens: float | None = None) -> str:
-    """Some twenty lines: verdict first, then what it is made of and what it rests on."""
-    return "\n".join((*_verdict(found), "", *_memory(found), "", *_time(found, tokens), "", *_basis(found)))
+def text(found: Estimate, tokens: float | None = None, changes: Sequence[Outcome] | None = None) -> str:
+    """Some twenty lines: verdict first, then what it is made of and what it rests on.
+
+    `changes` are those that make it fit; None where nobody asked for them.
+    """
+    advice = [] if changes is None else ["", *_advice(found, changes)]
+    return "\n".join((*_verdict(found), *advice, "", *_memory(found), "", *_time(found, tokens), "", *_basis(found)))
+
+
+def mesh_words(found: Estimate) -> str:
+    """The ranks and the axes they are split over."""
+    ranks = "1 rank" if found.world_size == 1 else f"{found.world_size} ranks"
+    mesh = " x ".join(f"{name} {size}" for name, size in found.axes.items() if size > 1) or "nothing split"
+    return f"{ranks} ({mesh})"
+
+
+def memory_place(memory: Memory) -> str:
+    """The moment of the peak in words."""
+    part = memory.peak.part
+    return f"{part.phase} of {part.name}" if part.name else part.phase
 
 
 def _verdict(found: Estimate) -> list[str]:
     verdict = {True: "fits", False: "DOES NOT FIT", None: "may not fit: the estimate is an upper bound"}[found.fits]
     side = "to spare" if found.spare_gib >= 0 else "too much"
-    ranks = "1 rank" if found.world_size == 1 else f"{found.world_size} ranks"
-    mesh = " x ".join(f"{name} {size}" for name, size in found.axes.items() if size > 1) or "nothing split"
     return [
-        f"{found.device.name}, {ranks} ({mesh}), {found.parameters:,} parameters",
+        f"{found.device.name}, {mesh_words(found)}, {found.parameters:,} parameters",
         f"{verdict}: {abs(found.spare_gib):.2f} GiB {side} of {found.device.memory_gib:.1f} GiB",
     ]
 
 
+def _advice(found: Estimate, changes: Sequence[Outcome]) -> list[str]:
+    if not changes:
+        return ["nothing that was tried makes it fit: more devices, or larger ones"]
+    lines = ["cheapest changes that make it fit:"]
+    before = 1 / (found.tokens_per_second_per_device * found.world_size)
+    for outcome in changes:
+        cost = 100 * (outcome.seconds_per_token / before - 1)
+        lines.append(
+            f"  {outcome.step_seconds:8.3f} s per step ({cost:+.0f}% per token), {outcome.reserved_gib:.2f} GiB"
+            f" reserved, {outcome.spare_gib:.2f} GiB to spare"
+        )
+        lines += [f"      {key} = {show(value)}" for key, value in outcome.changes.items()]
+    return lines
+
+
 def _memory(found: Estimate) -> list[str]:
     peak = found.memory.peak
-    where = f"{peak.part.phase} of {peak.part.name}" if peak.part.name else peak.part.phase
-    lines = [f"memory of a rank at its peak, in {where}:"]
+    lines = [f"memory of a rank at its peak, in {memory_place(found.memory)}:"]
     for name, nbytes in sorted(peak.live.items(), key=lambda entry: -entry[1]):
         if nbytes:
             lines.append(f"  {nbytes / GIB:10.3f} GiB  {name}")
@@ -39,6 +73,11 @@ def _memory(found: Estimate) -> list[str]:
         lines.append(f"  {found.outside_gib:10.3f} GiB  outside of the allocator: CUDA and NCCL (assumed)")
     for name, nbytes in found.host.held.items():
         lines.append(f"  {nbytes / GIB:10.3f} GiB  of host memory: {name}")
+    if found.pipeline:
+        lines.append("each pipeline rank's peak, the fullest of which is above:")
+    for rank, each in enumerate(found.pipeline):
+        stages = ", ".join(map(str, each.stages))
+        lines.append(f"  {each.peak_live / GIB:10.3f} GiB  rank {rank}: stages {stages}, {each.layers} layers")
     return lines
 
 
@@ -51,6 +90,8 @@ def _time(found: Estimate, tokens: float | None) -> list[str]:
         f" {found.formula_flops_per_token:.3e} by 6 N and attention",
         "  of them: " + ", ".join(f"{100 * n / compute.flops:.1f}% {phase}" for phase, n in phases.items() if n),
     ]
+    if found.pipeline:
+        lines.append(f"  pipeline ranks wait {100 * found.bubble:.1f}% of it, stages being alike")
     lines += [f"  {seconds:10.4f} s    {kind}" for kind, seconds in sorted(compute.by_kind.items())]
     if compute.host_seconds:
         lines.append(f"  {compute.host_seconds:10.4f} s    {found.host.moved / GIB:.3f} GiB to and from host memory")

@@ -65,7 +65,7 @@ def test_every_path_of_the_readme_exists():
 def test_the_config_of_the_readme_is_right(tmp_path: Path):
     from titan_lite.config.load import load_job
 
-    block, layers, float8 = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    block, layers, pipeline, float8 = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "config.toml").write_text(block.replace("debug.toml", str(ROOT / "train_configs" / "debug.toml")))
     job = load_job(tmp_path / "config.toml", files=False)
     assert job.model.dim == 2048
@@ -75,6 +75,8 @@ def test_the_config_of_the_readme_is_right(tmp_path: Path):
     (tmp_path / "layers.toml").write_text("[model]\nn_layers = 12\n" + layers)
     found = load_job(tmp_path / "layers.toml").model.each_layer()
     assert [len(layer.attention.masks) for layer in found] == [2, 2, 2, 2, 2, 1] * 2
+    (tmp_path / "pipeline.toml").write_text("[model]\nn_layers = 16\n" + pipeline)
+    assert load_job(tmp_path / "pipeline.toml").parallelism.pipeline_parallel_degree == 4
     (tmp_path / "float8.toml").write_text(float8.replace("[model]", "[model]\ndim = 2048"))
     load_job(tmp_path / "float8.toml", files=False)
 

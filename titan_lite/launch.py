@@ -121,8 +121,13 @@ def _ranks(text: str, world_size: int) -> frozenset[int]:
 
 def worker_environment(environment: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
     """The launcher's environment plus defaults for what the user has not set."""
+    from titan_lite.config.machine import has_cuda  # slow: torch
+
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     defaults = {"OMP_NUM_THREADS": str(max(1, cores // cluster.workers)), "TOKENIZERS_PARALLELISM": "false"}
+    if not has_cuda():
+        # Without CUDA the run measures a step with torch's profiler, which tells of itself on standard error.
+        defaults |= {"TORCH_CPP_LOG_LEVEL": "ERROR", "KINETO_LOG_LEVEL": "99"}
     if cluster.nodes == 1:
         loopback = "lo" if sys.platform == "linux" else "lo0"
         defaults |= {"GLOO_SOCKET_IFNAME": loopback, "NCCL_SOCKET_IFNAME": loopback}

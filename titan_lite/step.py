@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,12 +13,13 @@ from torch import Tensor
 from titan_lite.models.aux_loss import no_token_weight, token_weight, weighs_tokens
 from titan_lite.models.context import Iterations, Memory, TrainingFacts
 from titan_lite.models.dropout import Noise, drops, no_noise
+from titan_lite.models.ffn.moe import route_evenly
 from titan_lite.models.flops import relative_flops
 from titan_lite.models.init import initialize
 from titan_lite.models.memory import LaneMemory
 from titan_lite.models.memory.base import Piece
 from titan_lite.models.memory.decoding import Decoding
-from titan_lite.models.module import after_step
+from titan_lite.models.module import after_step, collect_metrics
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
@@ -102,12 +103,14 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     with torch.device("meta"):
         model: Transformer = job.model.build(vocab_size=vocab_size)
     specs = collect_specs(model)
+    if job.debug.moe_force_load_balance:
+        route_evenly(model)
     precision.store(model, specs)
     parallelize(model, job, world, precision)
     if not blank:
         initialize(model, specs, job.model.init.build(dim=job.model.dim, n_layers=job.model.depth()), job.debug.seed)
         model.embedding.warm_start()
-        after_step(model, world.total_tensor)
+        after_step(model, world.total_of_layers)
     optimizer = job.optimizer.build(groups=parameter_groups(model, specs, job.optimizer.weight_decay))
     if job.training.enable_optimizer_offload:
         optimizer = HostStates(optimizer)
@@ -128,8 +131,8 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         optimizer=optimizer,
         schedule=job.lr_scheduler.build(steps=job.training.steps),
         peak_lr=job.optimizer.lr,
-        objective=objective(cross_entropy(z_loss=job.training.z_loss)),
-        validation_objective=LanguageModeling(cross_entropy()),
+        objective=objective(cross_entropy(z_loss=job.training.z_loss), model.row),
+        validation_objective=LanguageModeling(cross_entropy(), model.row),
         noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
         token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
         iterations=partial(model.stack.iterations, job.debug.seed),
@@ -165,20 +168,28 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
     losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
-    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages)
+    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages, model.copies())
     training.optimizer.step()
     training.optimizer.zero_grad()
-    after_step(model, training.world.total_tensor)
+    after_step(model, training.world.total_of_layers)
     training.scale_ahead(model)
     return StepTensors(training.world.total_tensor(loss), norm, lr, training.work(training.iterations(index)))
 
 
+def metrics(training: Training) -> dict[str, Tensor]:
+    """{full name: number} of what the model's modules have to say about the last step. Collective."""
+    return training.world.merged(collect_metrics(training.model, training.world.total_of_layers))
+
+
 def remembered_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...]
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...], model: Transformer
 ) -> Tensor:
-    """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next."""
+    """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next.
+
+    `model` is the training's, or a pipeline stage of it, whose part of the loss this is.
+    """
     memory = training.memory.of(batch.rows)
-    loss = mean_loss(training, batch, n_tokens, index, memory, ahead)
+    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, ahead)
     if memory is not None:
         memory.advance(batch.documents.to(training.world.device, non_blocking=True))
     return loss

@@ -28,9 +28,11 @@ from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.loader import TrainBatches, train_batches, validation_batches
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.job import Job
-from titan_lite.models.module import collect_metrics, warn_of_doubts
+from titan_lite.models.module import warn_of_doubts
 from titan_lite.models.transformer import vocab_size_for
 from titan_lite.parallel.flight_recorder import set_up_flight_recorder
+from titan_lite.parallel.pipeline.limits import refuse_part_of_a_run
+from titan_lite.parallel.pipeline.plan import micro_batch_rows
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World, pick_device
 from titan_lite.run.calibrate import calibrate
@@ -45,7 +47,7 @@ from titan_lite.run.observe import build_hooks
 from titan_lite.run.sample import log_samples
 from titan_lite.run.signals import EXIT_STOPPED, StopFlag
 from titan_lite.run.validate import validate
-from titan_lite.step import MicroBatch, StepTensors, build, step
+from titan_lite.step import MicroBatch, StepTensors, build, metrics, step
 
 
 @dataclass
@@ -144,6 +146,7 @@ class Trainer:
     def _accumulation(self) -> int:
         """Micro-batches per step: the global batch is the run's, whatever the rank count; the last may be smaller."""
         local, share = self.job.training.local_batch_size, len(self._rows(self.progress.global_batch_size))
+        refuse_part_of_a_run(self.job, share)
         if share % local:
             logger.warning("training.local_batch_size = %d does not divide the %d rows of each rank", local, share)
         return -(-share // local)
@@ -288,7 +291,7 @@ class Trainer:
             self._after_step(result, int(tokens), data_seconds, time.perf_counter() - began)
 
     def _micro_batches(self, batch: Batch) -> list[MicroBatch]:
-        size, mine = self.job.training.local_batch_size, self._rows(self.progress.global_batch_size)
+        size, mine = micro_batch_rows(self.job), self._rows(self.progress.global_batch_size)
         rows = torch.arange(mine.start, mine.stop)
         whole = (batch.tokens, batch.targets, batch.documents, rows)
         return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in whole), strict=True)]
@@ -310,7 +313,7 @@ class Trainer:
                 data_seconds=data_seconds,
                 step_seconds=step_seconds,
                 work=tensors.work,
-                extra=partial(collect_metrics, self.training.model, self.world.total_tensor),
+                extra=partial(metrics, self.training),
             )
         )
         last = progress.step == job.training.steps

@@ -54,13 +54,15 @@ class Covering:
         """Nogoods of more than two settings."""
         self.missing = dict.fromkeys(self.fits, 0)
 
-    def run(self) -> Covering:
+    def run(self, wanted: Callable[[Setting, Setting], bool] = lambda one, other: True, limit: int = 0) -> Covering:
+        """Covers the pairs that are `wanted`; with a limit, as many as the first rows can have."""
         real = [setting for setting in self.settings if setting[1] != ABSENT]
         pairs = [(one, other) for one, other in itertools.combinations(real, 2) if one[0] != other[0]]
         for one, other in pairs:
-            self.missing[self.bit[one]] |= self.bit[other]
-            self.missing[self.bit[other]] |= self.bit[one]
-        while any(self.missing.values()):
+            if wanted(one, other):
+                self.missing[self.bit[one]] |= self.bit[other]
+                self.missing[self.bit[other]] |= self.bit[one]
+        while any(self.missing.values()) and not 0 < limit <= len(self.rows):
             one = max(self.missing, key=self._count)
             other = max(_bits(self.missing[one]), key=self._count)
             self._cover((self.settings[one.bit_length() - 1], self.settings[other.bit_length() - 1]))

@@ -235,9 +235,9 @@ def plain_row(settings: Mapping[str, str], all_factors: Mapping[str, Factor]) ->
     return row
 
 
-def write_files(folder: FilePath) -> None:
-    """What levels read: an embedding to start from, of each width."""
-    widths = {"token": BASE["model"]["dim"], "low_rank": SIZES["width"]}
+def write_files(folder: FilePath, dim: int = BASE["model"]["dim"]) -> None:
+    """What levels read: an embedding to start from, of each width, for models of width `dim`."""
+    widths = {"token": dim, "low_rank": SIZES["width"]}
     generator = torch.Generator().manual_seed(0)
     save_file(
         {name: 0.1 * torch.randn(VOCAB, width, generator=generator) for name, width in widths.items()}, folder / WARM

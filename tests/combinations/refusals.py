@@ -12,7 +12,7 @@ from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError, Problem
 from titan_lite.config.load import job_from_dict
 from titan_lite.job import Job
 
-_FULL_KEY = re.compile(r"\bmodel(?:\.\w+(?:\[\d+\])?)+")
+_FULL_KEY = re.compile(rf"\b(?:{'|'.join(Job.model_fields)})(?:\.\w+(?:\[\d+\])?)+")
 _NEAR_KEY = re.compile(r"\b([a-z_]+(?:\.[a-z_]+)*) = ")
 _KEY_OF_THE_JOB = re.compile(rf"\b({'|'.join(name for name in Job.model_fields if name != 'model')})\.\w+")
 
@@ -21,15 +21,15 @@ class AccidentError(AssertionError):
     """A refusal that is none of a rule: it does not name the settings that do not fit together."""
 
 
-def job_of(row: Row, factors: Mapping[str, Factor], folder: Path) -> Job:
+def job_of(row: Row, factors: Mapping[str, Factor], folder: Path, world_size: int | None = None) -> Job:
     """The job of a row; ConfigError where it is refused."""
-    return job_from_dict(tables_of(row, factors, folder))
+    return job_from_dict(tables_of(row, factors, folder), world_size)
 
 
-def refused(row: Row, factors: Mapping[str, Factor], folder: Path) -> list[Nogood]:
+def refused(row: Row, factors: Mapping[str, Factor], folder: Path, world_size: int | None = None) -> list[Nogood]:
     """The levels that each problem of the row names. AccidentError for a problem of another kind, or with one name."""
     try:
-        job_of(row, factors, folder)
+        job_of(row, factors, folder, world_size)
     except ConfigError as error:
         found = [_named(problem, row) for problem in error.problems]
         nogoods = [frozenset((key, row[key]) for key in keys) for keys in found if keys]

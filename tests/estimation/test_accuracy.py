@@ -34,6 +34,7 @@ TIED = {"model": {"head": {"tied": True}}}
 TP = {"parallelism": {"tensor_parallel_degree": 2}}
 DDP = {"parallelism": {"data_parallel_replicate_degree": 2}}
 EXPERTS = {"model": {"name": "mixtral", "flavor": "debugmodel"}}
+SPREAD = {"parallelism": {"expert_parallel_degree": 2}, "debug": {"moe_force_load_balance": True}}
 XL = {"model": {"memory": {"type": "xl", "length": 64}}}
 SHARED = {"model": {"n_layers": 4, "stack": {"type": "shared", "share": "cycle", "n_unique": 2}}}
 DROPOUT = {"model": {"residual": {"type": "pre", "dropout": 0.1}}}
@@ -64,6 +65,7 @@ SEVERAL = {
     "tensor parallel": [TP],
     "tensor parallel, op": [TP, OP, CHUNKED],
     "shared": [SHARED],
+    "experts over ranks": [EXPERTS, SPREAD],
 }
 FOUR = {
     "sharded, tensor parallel, op": [TP, OP],

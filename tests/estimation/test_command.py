@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from estimation.__main__ import main
-from estimation.devices import NAMES
+from estimation.devices import NAMES, device_of
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_size=1")
@@ -17,7 +17,7 @@ ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_si
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    assert main([*arguments, "--json"]) == 0
+    assert main([*arguments, "--json", "--no-advice"]) == 0
     return json.loads(capsys.readouterr().out)
 
 
@@ -47,6 +47,19 @@ def test_state_at_rest_is_that_of_the_formula(capsys: pytest.CaptureFixture[str]
     assert found["layers_traced"] < found["layers"]
 
 
+def test_every_rank_of_a_pipeline(capsys: pytest.CaptureFixture[str]):
+    """The numbers are those of the fullest; the time has the bubble of four micro-batches on two ranks in it."""
+    layout = ("--parallelism.pipeline_parallel_degree=2", "--training.local_batch_size=4", "--training.seq_len=32")
+    found = printed(capsys, str(FOLDER / "debug.toml"), *layout)
+    assert found["mesh"]["pp"] == 2
+    assert [rank["stages"] for rank in found["pipeline"]] == [[0], [1]]
+    assert sum(rank["layers"] for rank in found["pipeline"]) == found["layers"]
+    assert found["bubble"] == pytest.approx(1 / 5)
+    assert found["step_seconds"] == pytest.approx(max(rank["seconds"] for rank in found["pipeline"]) / (1 - 1 / 5))
+    assert found["peak_live_gib"] == max(rank["peak_live_gib"] for rank in found["pipeline"])
+    assert found["flops_per_token"] == pytest.approx(found["formula_flops_per_token"], rel=0.1)
+
+
 def test_a_report_for_people(capsys: pytest.CaptureFixture[str]):
     assert main([str(FOLDER / "debug.toml"), "--device", "rtx4090", "--tokens", "1e9", "--assume", "latency_us=3"]) == 0
     text = capsys.readouterr().out
@@ -68,7 +81,7 @@ def test_what_does_not_fit(capsys: pytest.CaptureFixture[str]):
         (("--world-size", "3", "--parallelism.data_parallel_replicate_degree=2"), ("data_parallel_replicate_degree",)),
         (("--model.dim=5",), ("model.dim",)),
         (("--training.nothing=5",), ("training.nothing",)),
-        (("--parallelism.pipeline_parallel_degree=2",), ("pipeline_parallel_degree", "not available")),
+        (("--parallelism.pipeline_parallel_degree=8",), ("training.local_batch_size", "pipeline_parallel_degree")),
     ],
 )
 def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pytest.CaptureFixture[str]):
@@ -80,8 +93,14 @@ def test_refused(arguments: tuple[str, ...], said: tuple[str, ...], capsys: pyte
         assert words in error
 
 
-def test_what_is_not_there_yet(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as stopped:
-        main(["plan", str(FOLDER / "debug.toml"), "--gpus", "8"])
-    assert stopped.value.code == 2
-    assert "not available yet" in capsys.readouterr().err
+def test_a_picture_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "step.png"
+    printed(capsys, str(FOLDER / "debug.toml"), "--training.global_batch_size=16", "--plot", str(picture))
+    assert picture.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-40GB", "NVIDIA GeForce RTX 4090"])
+def test_devices_by_their_makers_names(name: str):
+    """Which are those that a run's device tells."""
+    expected = {"NVIDIA H100 80GB HBM3": "h100-80gb", "NVIDIA A100-SXM4-40GB": "a100-40gb"}.get(name, "rtx4090")
+    assert device_of(name).name == expected

@@ -61,6 +61,17 @@ def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest
     assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
 
 
+def test_experts_over_ranks():
+    """Tokens, spread evenly, travel over the `ep` axis four times a layer, and their numbers once."""
+    config = tables(12, parallelism={"expert_parallel_degree": 8, "tensor_parallel_degree": 2})
+    config["model"]["ffn"] = {"type": "moe", "n_experts": 32, "top_k": 4, "experts": {"hidden": 64}}
+    found = rehearsed(config, 64)
+    assert found.expert_axes == {"dp_replicate": 1, "dp_shard_mod_ep": 8, "ep": 8}
+    moved = compute_of(found, device_of("h100-80gb"), Assumptions()).communication["ep"]
+    assert moved.count == 12 * 5 + 1  # the last one adds up the norms of gradients, a few bytes
+    assert moved.nbytes == pytest.approx(12 * (4 * (B * T // 2) * 4 * D * 4 + 32 * 4), rel=1e-5)
+
+
 def _in_optimizer(found: Rehearsal) -> int:
     """The most bytes while it steps."""
     return max(moment.total for moment in memory_of(found.trace).timeline if moment.part.phase == "optimizer")
@@ -126,17 +137,28 @@ def test_collectives_of_sharded_layers():
     assert found.communication["dp_shard"].nbytes == pytest.approx(gathered + reduced, rel=1e-3)
 
 
+def test_keys_and_values_that_are_passed_round():
+    """Forward and backward, and in backward their gradients; parameters are sharded over these ranks, too."""
+    n, layers = 4, 2
+    layout = {"context_parallel_degree": n, "context_parallel_rotate_method": "alltoall"}
+    found = compute_of(rehearsed(tables(layers, parallelism=layout), 8), device_of("h100-80gb"), Assumptions())
+    assert found.communication["cp"].count == layers * 3 * (n - 1)
+    assert found.communication["cp"].nbytes == layers * 3 * (n - 1) * B * (T // n) * 2 * 64 * 4
+    assert found.communication["dp_shard+cp"].nbytes > 0
+
+
 def test_a_collective_crosses_the_narrowest_link():
     device, exact = device_of("h100-80gb"), Assumptions(latency_us=0.0, link_efficiency=1.0, data_parallel_overlap=0.0)
     op = Op("all_gather_into_tensor", "collective", torch.float32, 0, 2**30, "g")
     trace = Trace([op], [(0, Part("forward", "", 0))])
 
     def seconds(over: str = "dp_shard", **axes: int) -> float:
-        return compute_of(Rehearsal(trace, {"g": over}, axes, 1, 1, 1, 1), device, exact).seconds
+        return compute_of(Rehearsal(trace, {"g": over}, axes, {}, 1, 1, 1, 1), device, exact).seconds
 
     assert seconds(dp_replicate=1, dp_shard=8) == pytest.approx(2**30 * 7 / 8 / 450e9)
     assert seconds(dp_replicate=1, dp_shard=16) == pytest.approx(2**30 * 15 / 16 / 400e9)
     assert seconds(dp_replicate=1, dp_shard=16, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
+    assert seconds("dp_shard+cp", dp_replicate=1, dp_shard=8, cp=2, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
     assert seconds("dp_shard+cp", dp_shard=2, cp=8, tp=8) == pytest.approx(2**30 * 15 / 16 / 50e9)
 
 

@@ -89,9 +89,11 @@ def test_a_bad_variable_of_torchrun_is_named(variables: dict[str, str], named: s
 
 def test_workers_share_the_cores_and_stay_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr("titan_lite.config.machine.has_cuda", lambda: False)
     env = worker_environment({"PATH": "/bin"}, Cluster(3))
     assert env["OMP_NUM_THREADS"] == "2"
     assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "lo"
+    assert env["KINETO_LOG_LEVEL"] == "99"  # the profiler of one step says nothing; there is no CUDA here
     assert worker_environment({}, Cluster(9))["OMP_NUM_THREADS"] == "1"
     assert "GLOO_SOCKET_IFNAME" not in worker_environment({}, Cluster(1, nodes=2))
 

@@ -27,6 +27,7 @@ steps = 100000
 mixed_precision_param = "float32"
 [metrics]
 log_freq = 1
+compare_with_estimate = "never"
 [checkpoint]
 enable = true
 interval = 100000

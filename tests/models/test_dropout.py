@@ -40,7 +40,7 @@ def bits(rows: list[int] | range, size: int, place: str = "a", **facts: Any) -> 
     """The high 4 bits of each element, 0..15."""
     made = dropout(0.1, place)
     assert isinstance(made, Dropout)
-    return (made.bits(noise(rows, **facts), size) >> 28) + 8
+    return (made.bits(noise(rows, **facts), (size,)) >> 28) + 8
 
 
 def surprise(counts: Tensor) -> float:

@@ -90,7 +90,7 @@ def llama(n_layers: int, config: ActivationCheckpoint, compiled: Compile | None 
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.05)
     apply_activation_checkpointing(model, config)
-    compile_blocks(model, compiled or Compile())
+    compile_blocks(model, compiled or Compile(), config)
     context = model.context(torch.randint(VOCAB, (B, T)))
     return Inputs(model, torch.randn(B, T, D, requires_grad=True), context)
 
@@ -280,14 +280,14 @@ def test_sharded_and_accumulated_equals_one_process(pool2, more: dict[str, Any])
 @pytest.mark.parametrize(
     ("tables", "key", "reason"),
     [
-        ({"activation_checkpoint": {"mode": "memory_budget"}}, "mode", "not compiled"),
+        ({"activation_checkpoint": {"mode": "memory_budget"}}, "mode", "compile.enable"),
         (
             {
                 "activation_checkpoint": {"mode": "memory_budget"},
                 "compile": {"enable": True, "components": ["loss"]},
             },
             "mode",
-            "not compiled",
+            "compile.components",
         ),
         (
             {"activation_checkpoint": {"mode": "memory_budget"}, "compile": {"enable": True, "backend": "eager"}},

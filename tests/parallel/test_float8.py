@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.parallel import twins
+from tests.parallel.test_tensor import tables as twin_tables
 from tests.runs import Run, build_tiny, full, global_batch, train
 from titan_lite.checkpoint.manager import Start
 from titan_lite.checkpoint.shard import shards_of
@@ -19,9 +22,11 @@ from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.models.linear import DefaultLinear, UnitLinear
 from titan_lite.parallel import quantize
+from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.quantize import FLOAT8, MX
 from titan_lite.parallel.selection import select, too_small
-from titan_lite.step import step
+from titan_lite.parallel.world import World
+from titan_lite.step import MicroBatch, build, step
 
 ATOL = 1e-5
 LOSS_ATOL = 8e-4
@@ -52,6 +57,7 @@ MODELS: dict[str, dict[str, Any]] = {
         }
     },
     "ngpt": NGPT,
+    "units of matrices alone": {"norm": "l2"},
 }
 
 
@@ -240,6 +246,57 @@ def test_mxfp8_trains_the_same_on_two_ranks(pool2):
     assert_equal_runs(pool2.run(train, tables | {"compile": COMPILED}, 3)[0], run)
 
 
+# ---- tensor parallelism: a rank multiplies parts of matrices
+
+TP = {"tensor_parallel_degree": 2}
+WIDE: dict[str, Any] = {"dim": 64, "attention": {"n_kv_heads": 4}, "ffn": {"hidden": 64}}
+
+
+def split(converter: str, **settings: Any) -> dict[str, Any]:
+    """A job of the twins, wide enough for two ranks."""
+    model = WIDE | {"converters": [converter]}
+    return twin_tables(model=model, quantize={"linear": {converter.rpartition(".")[2]: settings}})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings"),
+    [("tensorwise", {}), ("tensorwise", GATHERED), ("rowwise", {}), ("rowwise_with_gw_hp", {})],
+    ids=["tensorwise", "gathered", "rowwise", "rowwise_with_gw_hp"],
+)
+def test_parts_are_as_near_to_high_precision_as_the_whole(recipe: str, settings: dict[str, Any], pool2, pool4):
+    """Each rank scales its parts by themselves, finer than the whole: other roundings, of the same size."""
+    high = twins.steps(twin_tables(model=WIDE))
+    whole = twins.steps(split(FLOAT8, recipe_name=recipe))
+    pool = pool4 if settings else pool2
+    parts = pool.run(twins.steps, split(FLOAT8, recipe_name=recipe, **settings) | {"parallelism": TP}, timeout=200)[0]
+    assert parts.losses != whole.losses
+    of_whole, of_parts = twins.deviations(high, whole), twins.deviations(high, parts)
+    for kind in ("loss", "gradient"):
+        assert max(of_parts[kind].values()) < 2 * max(of_whole[kind].values()), kind
+    torch.testing.assert_close(parts.losses, high.losses, atol=LOSS_ATOL, rtol=0)
+
+
+def mx_losses(tables: dict[str, Any]) -> list[float]:
+    """Of rows as long as MXFP8 wants them for two ranks."""
+    job = job_from_dict(tables)
+    precision = Precision.of(job, twins.CPU)
+    world = World.connect(job.parallelism, twins.CPU, dist.is_initialized(), 60)
+    training = build(job, world, precision, twins.VOCAB)
+    tokens = torch.randint(twins.VOCAB, (2, 65), generator=torch.Generator().manual_seed(0))
+    documents = torch.zeros(2, 64, dtype=torch.int32)
+    batch = MicroBatch(tokens[:, :-1], tokens[:, 1:], documents, torch.arange(2))
+    return [step(training, [batch], 128.0, index).loss.item() for index in range(3)]
+
+
+def test_blocks_of_mxfp8_are_not_cut(pool2):
+    """A block of 32 numbers is of one rank, so that parts round as the whole does."""
+    tables = split(MX, recipe_name="mxfp8_emulated")
+    tables["training"]["seq_len"] = 64
+    one = mx_losses(tables)
+    for losses in pool2.run(mx_losses, tables | {"parallelism": TP}, timeout=200):
+        torch.testing.assert_close(losses, one, rtol=LOSS_RTOL, atol=0)
+
+
 # ---- what stays as it is
 
 
@@ -402,8 +459,8 @@ def test_converting_nothing_is_refused(filters: list[str]):
     [
         (["quantize.linear.float9"], "E003", "no converter"),
         ([FLOAT8, MX], "E005", "once"),
-        (["quantize.grouped_mm.float8"], "E011", "multiples of 16"),
-        (["quantize.grouped_mm.mx"], "E011", "multiples of 32"),
+        (["quantize.grouped_mm.float8"], "E011", "not converted"),
+        (["quantize.grouped_mm.mx"], "E011", "not converted"),
     ],
 )
 def test_other_converters_are_refused(converters: list[str], code: str, words: str):
@@ -415,9 +472,16 @@ def test_other_converters_are_refused(converters: list[str], code: str, words: s
     assert words in found["model.converters"]
 
 
-def test_a_part_of_a_matrix_has_no_scale_of_the_whole():
-    tables = sections(FLOAT8) | {"parallelism": {"tensor_parallel_degree": 2}}
-    assert "parallelism.tensor_parallel_degree" in refusals(tables)["model.converters"]
+def test_parts_that_float8_does_not_take_are_refused():
+    """A quarter of 32 is 8; of a wider model, the layers whose parts are wide enough are converted."""
+    model = {"attention": {"n_heads": 4}, "ffn": {"hidden": 24}}
+    tables = sections(FLOAT8, model) | {"parallelism": {"tensor_parallel_degree": 4}}
+    assert "a rank's parts with parallelism.tensor_parallel_degree = 4" in refusals(tables)["model.converters"]
+    tables["model"]["ffn"] = {"hidden": 64}
+    job_from_dict(tables)
+    mx = sections(MX, recipe_name="mxfp8_emulated") | {"parallelism": {"tensor_parallel_degree": 2}}
+    mx["training"]["seq_len"] = 32
+    assert "multiple of 64" in refusals(mx)["training.seq_len"]
 
 
 def test_what_the_machine_lacks_is_refused(monkeypatch: pytest.MonkeyPatch):

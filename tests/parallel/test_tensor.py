@@ -42,7 +42,7 @@ def tables(**sections: Any) -> dict[str, Any]:
     out: dict[str, Any] = {
         "model": {"dim": 32, "n_layers": 2, "attention": {"n_heads": 4, "n_kv_heads": 2}, "ffn": {"hidden": 24}},
         "training": {
-            "local_batch_size": 4,
+            "local_batch_size": twins.ROWS,
             "seq_len": twins.T,
             "steps": 10,
             "mixed_precision_param": "float32",
@@ -175,10 +175,7 @@ def go_on(sections: dict[str, Any], folder: Path, step: int) -> tuple[float, flo
         assert start is not None
         assert start.folder.name == f"step-{step}"
         manager.load(start, model_tensors(training.model) | optimizer_tensors(training.model, adam))
-    results = []
-    for index in range(step, step + 2):
-        n_tokens = (twins.batch(index).targets != -100).sum().item()
-        results.append(twins.step(training, [twins.share(training, index)], n_tokens, index))
+    results = [twins.one_step(training, index, twins.ROWS) for index in range(step, step + 2)]
     assert manager.save(step + 2, model_tensors(training.model) | optimizer_tensors(training.model, adam), {})
     return results[-1].loss.item(), results[-1].grad_norm.item()
 
@@ -255,7 +252,7 @@ def test_mutants_differ(mutant: str, pool2: WorkerPool) -> None:
 def left_out(sections: dict[str, Any]) -> str:
     """What is said of a parameter that stays on every rank by itself."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensor, "_distributed", lambda parameter, mesh, placement: parameter)
+        patch.setattr(tensor, "distributed", lambda parameter, mesh, placement: parameter)
         try:
             twins.built(sections)
         except AssertionError as error:

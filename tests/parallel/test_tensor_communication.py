@@ -47,7 +47,7 @@ def of_a_micro_batch(parallelism: dict[str, int], chunk: int) -> tuple[dict[str,
     training = twins.built(tables)
     with Collectives() as found:
         training.world.forward_backward(
-            training.model, [lambda: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
+            training.model, [lambda _: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
         )
     return dict(found.counts), dict(found.elements)
 

@@ -38,8 +38,8 @@ SHARDS = 2
 class EachOnce(Covering):
     """Rows in which every setting appears that can."""
 
-    def run(self) -> Covering:
-        degree = (DEGREE.key, "2")
+    def run(self, degree: tuple[str, str] = (DEGREE.key, "2")) -> Covering:
+        """Beside the level `degree` of a factor."""
         for setting in self.settings:
             if setting[1] != ABSENT and setting != degree:
                 self.missing[self.bit[setting]] = self.bit[degree]

@@ -73,6 +73,14 @@ def test_fsdp_equals_one_process_for_other_models(pool2, head: dict[str, Any], m
         assert_equal_runs(run, reference)
 
 
+@pytest.mark.parametrize("parallelism", [{}, {"data_parallel_replicate_degree": 2}], ids=["sharded", "replicas"])
+def test_a_matrix_behind_the_table_is_there_in_backward(pool2, parallelism: dict[str, Any]):
+    """Rows that are only looked up are not gathered again, what widens them is."""
+    model = {"embedding": {"type": "low_rank", "width": 16}}
+    reference = train(sections(8, model=model), 3)
+    assert_equal_runs(pool2.run(train, sections(4, model=model, parallelism=parallelism), 3)[0], reference)
+
+
 def test_chunked_loss_equals_dense(serial: Run, pool2):
     chunked = sections(4)
     chunked["training"]["loss_chunk_tokens"] = 24  # does not divide the 64 tokens of a micro-batch

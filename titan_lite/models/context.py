@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from titan_lite.models.dropout import Noise
+from titan_lite.models.row import WHOLE, Row
 
 
 class Iterations(NamedTuple):
@@ -129,7 +131,7 @@ class Context(NamedTuple):
     positions: Tensor
     """(T,) position of each query token; for those of keys see `key_positions`."""
     documents: Tensor | None
-    """(B, T) document number of each token, or None where the rows are not packed."""
+    """(B, T) document number of each token of the whole rows, or None where they are not packed."""
     memory: Any
     """A `Memory`; inside a block, its `LayerMemory`."""
     noise: Noise | None
@@ -150,11 +152,25 @@ class Context(NamedTuple):
     """See `Memory`."""
     stream_positions: Tensor | None = None
     """Those of the tokens in this rank's part of the residual stream; None = `positions`."""
+    row: Row = WHOLE
+    """How each row's tokens are spread over ranks; of what is said per token here, this rank has its own."""
 
     @property
     def own_positions(self) -> Tensor:
         """(T,), or with tensor parallelism (T / n,): positions of the residual stream's tokens."""
         return self.positions if self.stream_positions is None else self.stream_positions
+
+    @property
+    def length(self) -> int:
+        """Tokens up to the end of the rows, on whatever rank, those in memory included. Outside of blocks."""
+        memory: Memory = self.memory
+        return memory.length + self.row.size * self.positions.shape[0]
+
+    @property
+    def all_key_positions(self) -> Tensor:
+        """Those of the keys that this rank's layers find: in memory and of its own tokens. Outside of blocks."""
+        remembered = torch.arange(self.memory.length, device=self.positions.device)
+        return torch.cat((key_positions(remembered, self.recalled), self.positions))
 
     def layer(self, index: int, carry: dict[str, Tensor]) -> Context:
         """The context of executed layer `index`, given what those before it left."""

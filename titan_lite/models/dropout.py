@@ -7,6 +7,7 @@ in any way, a recomputed activation drops what the first one dropped, and a comp
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,6 +33,8 @@ class Noise(NamedTuple):
     """0-dim int64, from seed, step and layer; a tensor, so that compiled blocks do not depend on its value."""
     rows: Tensor
     """(B,) int64, each row's number in the global batch."""
+    tokens: Tensor | None = None
+    """(T,) positions of this rank's tokens, where it has not all of the rows'."""
 
     @classmethod
     def of(cls, seed: int, device: torch.device, step: int, rows: Tensor) -> Noise:
@@ -80,12 +83,21 @@ class Draw(nn.Module):
 
     def split(self, ranks: Ranks) -> None:
         """Told where the elements of a row are spread over ranks: each has the next ones, in equal parts."""
-        self.part = ranks.rank
+        self.part = self.part * ranks.size + ranks.rank
 
-    def bits(self, noise: Noise, size: int) -> Tensor:
-        """(B, size) int32: `bits_of` the numbers 0, 1, 2... or, on one of several ranks, of those that are its own."""
+    def bits(self, noise: Noise, shape: Sequence[int]) -> Tensor:
+        """(B, size) int32: `bits_of` the numbers 0, 1, 2... or, on one of several ranks, of those that are its own.
+
+        `shape` is a row's here; its first dimension is that of the tokens where they are spread over ranks.
+        """
+        size = math.prod(shape)
         first = self.part * size
-        return self.bits_of(noise, torch.arange(first, first + size, dtype=torch.int32, device=noise.rows.device))
+        number = torch.arange(first, first + size, dtype=torch.int32, device=noise.rows.device)
+        if noise.tokens is not None:
+            width = size // shape[0]
+            place = noise.tokens.narrow(0, self.part * shape[0], shape[0]).to(torch.int32)
+            number = (place[:, None] * width + number[:width] % width).flatten()
+        return self.bits_of(noise, number)
 
     def bits_of(self, noise: Noise, number: Tensor) -> Tensor:
         """(B, size) int32 whose high bits are random: two keyed rounds of a hash of each element's number in its row.
@@ -117,8 +129,11 @@ class Dropout(Draw):
     def forward(self, x: Tensor, noise: Noise | None) -> Tensor:
         if noise is None:
             return x
-        keep = self.bits(noise, math.prod(x.shape[1:])) >= self.threshold  # (B, size)
-        return x * keep.view(x.shape) * self.factor
+        return x * self.kept(self.bits(noise, x.shape[1:])).view(x.shape) * self.factor
+
+    def kept(self, bits: Tensor) -> Tensor:
+        """bool: which elements of such bits are not zeroed."""
+        return bits >= self.threshold
 
 
 def _round_(x: Tensor, shift: int, factor: int) -> Tensor:

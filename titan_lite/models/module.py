@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from titan_lite.config.component import Component
 from titan_lite.models.ranks import ALONE, Ranks
 from titan_lite.models.spec import Spec
-from titan_lite.parallel.plan import SEQ, Plan
+from titan_lite.parallel.plan import SEQ, ExpertPlan, Plan
+
+if TYPE_CHECKING:
+    from titan_lite.models.ffn.dispatch import Dispatch
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +47,13 @@ class Module(nn.Module, Component):
     def split(self, ranks: Ranks) -> None:
         """Told once, before any forward, that this is one rank's part of the module."""
         self.ranks = ranks
+
+    def expert_plan(self) -> ExpertPlan:
+        """How this module's own parameters are split where experts are spread over ranks."""
+        return {}
+
+    def spread(self, dispatch: Dispatch) -> None:
+        """Told once, before any forward, how tokens reach the experts, of which this rank has some."""
 
     def after_step(self, total: Total) -> None:
         """Restores what must hold of this very module's parameters, DTensors maybe. No gradient is recorded."""

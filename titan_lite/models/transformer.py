@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
@@ -38,6 +38,7 @@ from titan_lite.models.mtp import MTP, Further, NoMTP, nothing_further
 from titan_lite.models.norm import NoNorm, Norm, RMSNorm
 from titan_lite.models.param_dtype import ParamDtype
 from titan_lite.models.residual import PreNorm, Residual
+from titan_lite.models.row import WHOLE, Row
 from titan_lite.models.stack import PlainStack, Stack, Streams
 
 if TYPE_CHECKING:
@@ -166,8 +167,22 @@ class Transformer(Module):
         self.head = config.head.build(**sizes, embedding=self.embedding)
         self.tied = config.head.tied
         self.summaries = config.memory.statistics(config.dim)
+        self.row = WHOLE
+        self.find_shared()
+
+    def find_shared(self) -> None:
+        """Notes the parts of all attentions that compute something once per forward; anew where they were changed."""
         # A plain dict: these modules are registered where they belong, in their attentions.
         self._shared = {part.key: part for m in self.modules() if isinstance(m, Attention) for part in m.shared()}
+
+    @property
+    def stages(self) -> Sequence[Transformer]:
+        """The models whose forwards make up this one's, each sharded by itself; with pipelines several, or others."""
+        return (self,)
+
+    def copies(self) -> set[nn.Parameter]:
+        """Those parameters that are copies of another pipeline stage's, where they count."""
+        return set()
 
     def forward(
         self,
@@ -178,15 +193,17 @@ class Transformer(Module):
         consume: Consume = all_logits,
         agree: Callable[[int], int] | None = None,
         further: Further = nothing_further,
+        row: Row = WHOLE,
     ) -> Tensor:
         """`agree` lets a recurrent stack stop early in decoding: it makes one decision of those of all ranks.
 
         `further` makes states that `consume` gets beside those of the next token: the model's `mtp` does.
+        `row` is what this rank computes of all tokens, and so what `consume` gets: the model's `row`, or all of them.
         """
-        context = self.context(tokens, documents, memory, facts)
+        context = self.context(tokens, documents, memory, facts, row)
         if agree is not None:
             context = context._replace(early_exit=EarlyExit(self._next_logits, agree))
-        x = self.embedding(tokens, context)  # (B, T, D)
+        x = self.embedding(row.own(tokens), context)  # (B, T, D)
         streams: Streams = self.stack(x, context)
         context.memory.see(streams.x)
         states = further(x, streams, self.norm, context)
@@ -203,16 +220,20 @@ class Transformer(Module):
         documents: Tensor | None = None,
         memory: Memory | None = None,
         facts: TrainingFacts = NOT_TRAINING,
+        row: Row = WHOLE,
     ) -> Context:
         """What the blocks of one forward over `tokens` (B, T) are told."""
         memory = NoMemory() if memory is None else memory
         keys = torch.arange(memory.length, memory.length + tokens.shape[1], device=tokens.device)
-        positions = key_positions(keys, memory.recalled)
+        positions = row.own(key_positions(keys, memory.recalled), dim=0)
+        noise = facts.noise
+        if noise is not None and row.size > 1:
+            noise = noise._replace(tokens=positions)
         context = Context(
             positions,
             documents,
             memory,
-            facts.noise,
+            noise,
             prepared={},
             carry={},
             token_weight=facts.token_weight,
@@ -220,6 +241,7 @@ class Transformer(Module):
             first_key=memory.first_key(documents),
             recalled=memory.recalled,
             stream_positions=self.ranks.own(positions, self.training),
+            row=row,
         )
         return context._replace(prepared={key: part.prepare(context) for key, part in self._shared.items()})
 

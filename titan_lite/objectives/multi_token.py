@@ -35,15 +35,15 @@ class MultiTokenPrediction(LanguageModeling):
         if not facts.ahead:
             return super().__call__(model, tokens, targets, documents, facts, memory)
         assert isinstance(model, Transformer)
-        further = [targets_ahead(targets, documents, k) for k in range(1, 1 + len(facts.ahead))]
+        further = [self.row.own(targets_ahead(targets, documents, k)) for k in range(1, 1 + len(facts.ahead))]
 
         def consume(x: Tensor, output: Output, *states: Tensor) -> Tensor:
             others = (Part(*part) for part in zip(states, further, facts.ahead, strict=True))
-            loss, *losses = self.cross_entropy.first_of([Part(x, targets), *others], output)
+            loss, *losses = self.cross_entropy.first_of([Part(x, self.row.own(targets)), *others], output)
             model.mtp.tell(losses, [(of_k != IGNORE).sum() for of_k in further])
             return loss
 
-        return model(tokens, documents, memory, facts, consume=consume, further=model.mtp)
+        return model(tokens, documents, memory, facts, consume=consume, further=model.mtp, row=self.row)
 
 
 def targets_ahead(targets: Tensor, documents: Tensor, k: int) -> Tensor:

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import nn
-from torch.autograd.graph import region_activation_memory_budget
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.config import ActivationCheckpoint
-from titan_lite.parallel.offload import offload_activations
 
 MATRIX_PRODUCTS = {
     torch.ops.aten.mm.default: 1,
@@ -51,12 +49,8 @@ def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpo
     """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
     chosen = _chosen(model.executed(), config)
     for path, block in model.blocks().items():
-        if config.mode == "memory_budget":
-            block.forward = _budgeted(block.forward, config.memory_budget)
-        elif path in chosen:
+        if path in chosen:
             block.forward = _checkpointed(block.forward, _keywords(model, path, block, config))
-    if config.offload:
-        offload_activations(model)
 
 
 def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:
@@ -70,7 +64,7 @@ def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:
 
 def _chosen(executed: Sequence[str], config: ActivationCheckpoint) -> set[str]:
     """The paths of the blocks to checkpoint."""
-    if config.mode == "none":
+    if config.mode in ("none", "memory_budget"):  # the latter is the compiler's to keep: see compile.py
         return set()
     if config.mode == "selective" and config.selective_ac_option != "op":
         every = int(config.selective_ac_option)
@@ -102,17 +96,6 @@ def _checkpointed(forward: Callable[..., Any], keywords: dict[str, Any]) -> Call
         return checkpoint(forward, *args, **keywords)
 
     return checkpointed
-
-
-def _budgeted(forward: Callable[..., Any], budget: float) -> Callable[..., Any]:
-    """`forward` as a region in which the compiler keeps that share of the activations."""
-    share = str(budget)  # the compiler takes a float for an input of the graph once it has seen two
-
-    def budgeted(*args: Any) -> Any:
-        with region_activation_memory_budget(float(share)):
-            return forward(*args)
-
-    return budgeted
 
 
 def _weight_shapes(path: str, block: nn.Module, patterns: Sequence[str]) -> set[torch.Size]:

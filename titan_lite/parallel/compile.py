@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
+import torch._functorch.config
 
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import Wrap
-from titan_lite.parallel.config import Compile
+from titan_lite.parallel.config import ActivationCheckpoint, Compile
 
 GRAPHS_PER_BLOCK = 8
 """As many as torch allows a function: training and evaluation, a last smaller micro-batch, ..."""
 
 
-def compile_blocks(model: Transformer, config: Compile) -> None:
+def compile_blocks(model: Transformer, config: Compile, checkpoint: ActivationCheckpoint) -> None:
     """Compiles each distinct block in place; equal blocks share one graph."""
     if config.enable and "model" in config.components:
         # All blocks share one cache, and torch gives up on the ninth graph: layers may all be different.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(model.blocks()))
+        backend = _budgeted(config.backend, checkpoint) if checkpoint.mode == "memory_budget" else config.backend
         for block in model.blocks().values():
-            block.compile(backend=config.backend, fullgraph=True)
+            block.compile(backend=backend, fullgraph=True)
+
+
+def _budgeted(backend: str, checkpoint: ActivationCheckpoint) -> Callable[..., Any]:
+    """A backend that keeps that share of a graph's activations.
+
+    torch's own region for a budget inside of a forward refuses graphs that count something, as experts are counted.
+    """
+    from torch._dynamo import lookup_backend
+
+    compiler = lookup_backend(backend)
+
+    def within_budget(graph: Any, inputs: Any) -> Any:
+        with torch._functorch.config.patch(activation_memory_budget=checkpoint.memory_budget):
+            return compiler(graph, inputs)
+
+    return within_budget
 
 
 def loss_compiler(config: Compile) -> Wrap:

@@ -8,23 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NOT_HERE, Problem, show
+from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_HERE, Problem, show
 from titan_lite.config.fields import PositiveInt, PositiveOrMinusOne, Strings
 from titan_lite.config.machine import has_cuda, is_installed
+from titan_lite.parallel.deal import LoadBalancer, RotateMethod, row_problems
+from titan_lite.parallel.expert_limits import expert_problems
 from titan_lite.parallel.limits import tensor_problems, world_problem
+from titan_lite.parallel.pipeline.limits import pipeline_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
 
 _PARTITIONING = ("inductor", "aot_eager", "aot_eager_decomp_partition")
 """Backends of torch.compile that split a graph into forward and backward by what is cheap to compute again."""
-
-_NOT_YET = (
-    "pipeline_parallel_degree",
-    "context_parallel_degree",
-    "expert_parallel_degree",
-    "expert_tensor_parallel_degree",
-)
 
 
 _DEGREES = (
@@ -73,17 +69,34 @@ class Parallelism(ConfigBase):
     pipeline_parallel_expert_parallel_overlap: bool = True
     """Overlap expert communication with pipeline computation where the schedule can."""
     context_parallel_degree: PositiveInt = 1
-    """Ranks over which each sequence is split."""
-    context_parallel_load_balancer: str = "headtail"
-    """How tokens are dealt to ranks so that causal attention costs each the same."""
-    context_parallel_rotate_method: Literal["allgather", "alltoall"] = "allgather"
-    """Collective that passes keys and values round."""
+    """Ranks over which each row's tokens are split: twice this number divides seq_len."""
+    context_parallel_method: Literal["ring", "ulysses"] = "ring"
+    """How attention sees the tokens of other ranks: their keys and values come to its queries (ring), or all tokens of
+    a part of the heads meet on one rank (ulysses), for any score and kernel."""
+    context_parallel_load_balancer: LoadBalancer = "headtail"
+    """Which tokens a rank has: a chunk from the front of the row and one from its back, so that causal attention costs
+    each the same (headtail), or the next ones (none)."""
+    context_parallel_rotate_method: RotateMethod = "allgather"
+    """How keys and values come to a ring's queries: all at once (allgather), or from rank to rank, so that those of one
+    other rank are there at a time (alltoall)."""
     expert_parallel_degree: PositiveInt = 1
-    """Ranks over which experts are spread."""
+    """Ranks over which experts are spread; tokens travel to theirs and back. No factor of the world size: they are the
+    nearest ranks of data_parallel_shard_degree x context_parallel_degree, and of tensor_parallel_degree too where that
+    does not split each expert."""
     expert_tensor_parallel_degree: PositiveInt = 1
-    """Ranks over which each expert is split."""
+    """Ranks over which each expert is split: tensor_parallel_degree, or 1 = none."""
     expert_parallel_comm_backend: Literal["standard", "deepep"] = "standard"
     """Library that moves tokens to experts."""
+
+    @property
+    def spreads_experts(self) -> bool:
+        """Whether ranks have different experts, or parts of them."""
+        return self.expert_parallel_degree > 1 or self.expert_tensor_parallel_degree > 1
+
+    def token_ranks(self, shard_degree: int) -> int:
+        """Ranks of one replica that have tokens of their own where the experts are: `ep` takes some of them."""
+        tensor = 1 if self.expert_tensor_parallel_degree > 1 else self.tensor_parallel_degree
+        return shard_degree * self.context_parallel_degree * tensor
 
     @property
     def model_parallel_degree(self) -> int:
@@ -98,13 +111,13 @@ class Parallelism(ConfigBase):
         return self.data_parallel_replicate_degree * shard if shard and fixed * shard == world_size else None
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-        for key in _NOT_YET:
-            if getattr(self, key) > 1:
-                yield Problem(NOT_AVAILABLE, f".{key}", "is not available yet", getattr(self, key), "1")
         if world_size is not None and self.data_parallel_degree(world_size) is None:
             degrees = {name: degree for name, degree in self if name in _DEGREES}
             yield world_problem(degrees, world_size)
         yield from tensor_problems(job)
+        yield from row_problems(job)
+        yield from expert_problems(job, world_size)
+        yield from pipeline_problems(job, world_size)
 
 
 def _op_or_every_nth(value: str) -> str:
@@ -152,7 +165,9 @@ class ActivationCheckpoint(ConfigBase):
         compiled = job.compile.enable and "model" in job.compile.components
         if self.mode == "memory_budget":
             if not compiled:
-                why = "is a choice of torch.compile's partitioner, but the model is not compiled"
+                why = (
+                    "is a choice of torch.compile's partitioner, which compile.enable and compile.components leave out"
+                )
                 allowed = 'compile.enable = true with "model" in compile.components, or another mode'
                 yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
             elif job.compile.backend not in _PARTITIONING:
@@ -177,9 +192,10 @@ class ActivationCheckpoint(ConfigBase):
     def _uneven_problems(self, job: Job) -> Iterator[Problem]:
         every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
         if every > 1 and set(executed[every - 1 :: every]) & {b for i, b in enumerate(executed) if (i + 1) % every}:
-            kind = job.model.stack.model_dump()["type"]
-            why = f'counts executed layers, but with model.stack.type = "{kind}" a block runs several times, which '
-            why += "may not be now checkpointed and now not"
+            stack = job.model.stack.model_dump()
+            why = f'counts executed layers, but with model.stack.type = "{stack["type"]}" '
+            why += f'and model.stack.scope = "{stack["scope"]}" ' if "scope" in stack else ""
+            why += "a block runs several times, which may not be now checkpointed and now not"
             allowed = '"op", a number that meets the same blocks each time, or mode "full" or "none"'
             yield Problem(CROSS_FIELD, ".selective_ac_option", why, self.selective_ac_option, allowed)
 

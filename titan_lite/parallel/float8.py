@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from titan_lite.parallel.quantize import FLOAT8, MX, MX_BLOCK, Float8Linear, MXLinear
@@ -29,7 +30,7 @@ def convert_linears(model: nn.Module, job: Job, world: World) -> None:
     settings, makers = job.quantize.linear, {FLOAT8: _float8, MX: _mx}
     tables: dict[str, Float8Linear | MXLinear] = {FLOAT8: settings.float8, MX: settings.mx}
     for name in job.model.converters:
-        selection = tables[name].selection(model)
+        selection = tables[name].selection(model, world.tp_size)
         convert = makers[name](job, world)
         for module in selection.chosen.values():
             _become(module, convert(module))
@@ -72,6 +73,22 @@ def gathers_in_float8(job: Job, world: World) -> bool:
     return asked and world.mesh is not None and world.mesh["dp_shard"].size() > 1
 
 
+def gather_bytes(model: nn.Module) -> None:
+    """Has FSDP gather what it gathers as bytes: gloo knows no float8, and torch gathers bytes by itself only where a
+    unit has parameters of other dtypes too."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather
+
+    class GatherBytes(DefaultAllGather):
+        def __call__(self, output_tensor: Tensor, input_tensor: Tensor, *args: Any, **options: Any) -> Any:
+            return super().__call__(output_tensor.view(torch.uint8), input_tensor.view(torch.uint8), *args, **options)
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group._all_gather_comm = GatherBytes()
+
+
 def scale_ahead(job: Job, world: World) -> Callable[[nn.Module], None]:
     """What computes the scales of all weights that are gathered in float8, to be called after they have changed."""
     if not (gathers_in_float8(job, world) and job.quantize.linear.float8.precompute_float8_dynamic_scale_for_fsdp):
@@ -93,7 +110,6 @@ class MXProduct(nn.Linear):
 
 def _mx(job: Job, world: World) -> Convert:
     import_quietly()
-    import torch
     from torchao.prototype.moe_training import mxfp8_linear
     from torchao.prototype.mx_formats.config import (
         MXFP8Dim0CastKernelChoice,

@@ -15,7 +15,7 @@ from torch.autograd import Variable
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, HSDPMeshInfo, ShardPlacementResult
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.stack import Streams
@@ -25,6 +25,7 @@ from titan_lite.models.transformer import Transformer
 def apply_fsdp(
     model: Transformer,
     meshes: Mapping[torch.dtype, DeviceMesh],
+    expert_meshes: Mapping[torch.dtype, DeviceMesh],
     param_dtype: torch.dtype,
     reduce_dtype: torch.dtype,
     reshard_after_forward: Literal["default", "always", "never"],
@@ -32,11 +33,12 @@ def apply_fsdp(
 ) -> None:
     """Shards the model's units, then what is left with the model itself, in place.
 
-    `meshes` has the mesh of the parameters of each dtype. Inputs are not cast: the embedding sets the dtype of the
+    `meshes` has the mesh of the parameters of each dtype, `expert_meshes` that of experts which are spread over ranks,
+    if there are any. Inputs are not cast: the embedding sets the dtype of the
     residual stream, and rotation tables stay in float32.
     """
     mesh = next(iter(meshes.values()))
-    placement = _by_dtype(meshes) if len(meshes) > 1 else None
+    placement = _by_group(meshes, expert_meshes) if len(meshes) > 1 or expert_meshes else None
     precision = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype, cast_forward_inputs=False)
     offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if cpu_offload else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=precision, offload_policy=offload, shard_placement_fn=placement)
@@ -53,7 +55,7 @@ def apply_fsdp(
         # The loss is already divided by the global token count, so gradients are summed, never averaged.
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    if not model.tied and _only_tables(model.embedding):
+    if model.embedding in units and _only_tables(model.embedding):
         cast(FSDPModule, model.embedding).set_unshard_in_backward(False)
     if reshard_after_forward != "always":
         _keep_through_backward(model, [unit for unit in units if unit in several])
@@ -61,7 +63,8 @@ def apply_fsdp(
 
 
 def _sharded(model: nn.Module) -> Iterator[FSDPModule]:
-    return (module for module in model.modules() if isinstance(module, FSDPModule))
+    parts = getattr(model, "stages", (model,))
+    return (module for part in parts for module in part.modules() if isinstance(module, FSDPModule))
 
 
 def gathered_parameters(model: nn.Module) -> Iterator[Tensor | None]:
@@ -73,8 +76,9 @@ def gathered_parameters(model: nn.Module) -> Iterator[Tensor | None]:
 
 
 def _only_tables(embedding: nn.Module) -> bool:
-    """Whether rows are all it takes of its parameters: backward needs their numbers, not what is in them."""
-    return {spec.role for spec in collect_specs(embedding).values()} == {"embed"}
+    """Whether rows are all it takes of its parameters: backward needs their numbers, not what is in them. A matrix that
+    widens rows sums over them."""
+    return all(spec.role == "embed" and spec.fan_in == 1 for spec in collect_specs(embedding).values())
 
 
 def _keep_through_backward(model: Transformer, units: Sequence[nn.Module]) -> None:
@@ -123,18 +127,33 @@ def _prefetch(model: Transformer) -> None:
             cast(FSDPModule, unit).set_modules_to_backward_prefetch([cast(FSDPModule, preceding[unit][0])])
 
 
-def _by_dtype(meshes: Mapping[torch.dtype, DeviceMesh]) -> Callable[[nn.Parameter], ShardPlacementResult]:
-    """What keeps parameters of different dtypes apart: FSDP gathers and reduces together what has one process group.
+def _by_group(
+    meshes: Mapping[torch.dtype, DeviceMesh], expert_meshes: Mapping[torch.dtype, DeviceMesh]
+) -> Callable[[nn.Parameter], ShardPlacementResult]:
+    """What keeps parameters of different dtypes apart, and those of experts that are spread over ranks from others.
 
-    It does not take parameters of two dtypes into one such group.
+    FSDP gathers and reduces together what has one process group, and takes no parameters of two dtypes into one.
     """
 
     def info(mesh: DeviceMesh) -> FSDPMeshInfo:
         hybrid = mesh.ndim == 2
         return HSDPMeshInfo(mesh, shard_mesh_dim=1, replicate_mesh_dim=0) if hybrid else FSDPMeshInfo(mesh, 0)
 
-    places = {dtype: ShardPlacementResult(Shard(0), info(mesh)) for dtype, mesh in meshes.items()}
-    return lambda parameter: places[parameter.dtype]
+    infos = {(dtype, False): info(mesh) for dtype, mesh in meshes.items()}
+    infos |= {(dtype, True): info(mesh) for dtype, mesh in expert_meshes.items()}
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        of_experts = isinstance(parameter, DTensor) and "ep" in (parameter.device_mesh.mesh_dim_names or ())
+        found = infos[parameter.dtype, of_experts]
+        return ShardPlacementResult(Shard(_even_dim(parameter, found.shard_mesh_size) if of_experts else 0), found)
+
+    return place
+
+
+def _even_dim(parameter: nn.Parameter, parts: int) -> int:
+    """The first dimension of a rank's experts that is cut into equal parts: they may be fewer than these. Else 0."""
+    assert isinstance(parameter, DTensor)
+    return next((dim for dim, size in enumerate(parameter.to_local().shape) if size % parts == 0), 0)
 
 
 @contextmanager

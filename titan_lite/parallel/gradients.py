@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 import torch.distributed as dist
@@ -13,25 +13,35 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, stages: DeviceMesh | None) -> Tensor:
+def clip_gradients(
+    parameters: Iterable[nn.Parameter],
+    max_norm: float,
+    stages: DeviceMesh | None,
+    copies: Collection[nn.Parameter] = (),
+) -> Tensor:
     """Scales the gradients so that their Euclidean norm is at most `max_norm`; returns what it was, on every rank.
 
     Parameters of one mesh are summed over it; `stages` is the axis along which ranks have different parameters, if
-    there is one. A parameter that several ranks hold counts once where it is a DTensor that says so.
+    there is one. A parameter that several ranks hold counts once where it is a DTensor that says so. `copies` are
+    those that count on another stage.
     """
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    by_mesh: dict[DeviceMesh | None, list[Tensor]] = defaultdict(list)
+    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        assert parameter.grad is not None
-        by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter.grad)
-    norms = [_whole(get_total_norm(gradients)) for gradients in by_mesh.values()]
+        if parameter.grad is not None:
+            by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
+    norms = [_whole(get_total_norm(_gradients(group, copies))) for group in by_mesh.values()]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if stages is not None:
         squared = norm.square()
         dist.all_reduce(squared, group=stages.get_group())
         norm = squared.sqrt()
-    clip_grads_with_norm_(parameters, max_norm, norm)
+    for group in by_mesh.values():  # torch multiplies no tensors of different meshes at once
+        clip_grads_with_norm_(group, max_norm, norm)
     return norm
+
+
+def _gradients(parameters: Iterable[nn.Parameter], copies: Collection[nn.Parameter]) -> list[Tensor]:
+    return [p.grad for p in parameters if p.grad is not None and p not in copies]
 
 
 def _whole(norm: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ def tensor_problems(job: Job) -> Iterator[Problem]:
     degree = job.parallelism.tensor_parallel_degree
     if degree == 1:
         return
-    yield from split_problems(job, "training.seq_len", job.training.seq_len)
+    if job.parallelism.context_parallel_degree == 1:  # else `row_problems` looks at both
+        yield from split_problems(job, "training.seq_len", job.training.seq_len)
     yield from _vocabulary(job, degree)
     if job.parallelism.enable_async_tensor_parallel:
         yield from _asynchronous(job)

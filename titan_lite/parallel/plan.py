@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from titan_lite.job import Job
 
 DEGREE = "parallelism.tensor_parallel_degree"
+EXPERT_DEGREE = "parallelism.expert_parallel_degree"
+SPLIT_DEGREE = "parallelism.expert_tensor_parallel_degree"
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,11 @@ Plan: TypeAlias = Mapping[str, Style]
 """{child or parameter: style}; "" is the module itself."""
 
 
+ExpertPlan: TypeAlias = Mapping[str, int | None]
+"""{parameter: dimension} of what each expert has for itself: rows of the first dimension. Where ranks split each expert
+too, it is along the other `dimension`; None = each has all of it, and adds its share."""
+
+
 def heads(n: int) -> Style:
     """`COL` for what belongs to n heads."""
     return replace(COL, groups=n)
@@ -61,6 +68,14 @@ def split_problems(job: Job, key: str, value: int) -> Iterable[Problem]:
     if value % n:
         why = f"is split over tensor-parallel ranks, and {DEGREE} = {n} does not divide it"
         yield Problem(CROSS_FIELD, key, why, value, f"{nearest(value, n)}, or {DEGREE} = {divisors(value)}")
+
+
+def spread_problems(job: Job, key: str, value: int, experts: int) -> Iterable[Problem]:
+    """What is wrong with a setting that makes so many experts, of which each expert-parallel rank gets equally many."""
+    n = job.parallelism.expert_parallel_degree
+    if experts % n:
+        why = f"makes {experts} experts, which are spread over ranks, and {EXPERT_DEGREE} = {n} does not divide them"
+        yield Problem(CROSS_FIELD, key, why, value, f"{nearest(value, n)}, or {EXPERT_DEGREE} = {divisors(experts)}")
 
 
 def divisors(value: int) -> str:

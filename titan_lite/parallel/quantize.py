@@ -12,7 +12,16 @@ from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, NO
 from titan_lite.config.fields import Strings
 from titan_lite.config.machine import cuda_capability, has_cuda, is_installed
 from titan_lite.parallel.plan import DEGREE, degree
-from titan_lite.parallel.selection import Reject, Selection, names_nothing, not_multiples_of, select, too_small
+from titan_lite.parallel.selection import (
+    Reject,
+    Selection,
+    Widths,
+    names_nothing,
+    not_multiples_of,
+    select,
+    too_small,
+    whole,
+)
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -21,10 +30,10 @@ FLOAT8: Final = "quantize.linear.float8"
 MX: Final = "quantize.linear.mx"
 AUTO_FILTER: Final = "auto_filter_small_kn"
 _NOT_FOR_OUR_EXPERTS: Final = {
-    "quantize.grouped_mm.float8": "torchao's grouped float8 product wants each expert's tokens in multiples of 16 and "
-    "does not pad them, and here experts get as many as the router sends",
-    "quantize.grouped_mm.mx": "torchao's grouped MXFP8 product wants each expert's tokens in multiples of 32, and here "
-    "experts get as many as the router sends",
+    "quantize.grouped_mm.float8": "experts are not converted; torchao's grouped float8 product takes Triton kernels, "
+    "and its emulation does not pad the experts' tokens to the multiples of 16 that it wants",
+    "quantize.grouped_mm.mx": "experts are not converted to torchao's grouped MXFP8 product, which pads their tokens "
+    "to multiples of 32",
 }
 
 
@@ -42,24 +51,22 @@ class LinearConverter(ConfigBase):
         """What else rules layers out."""
         raise NotImplementedError
 
-    def selection(self, model: torch.nn.Module) -> Selection:
-        """The layers of `model` that are converted."""
-        return select(model, self.filters(), self.rejects())
+    def selection(self, model: torch.nn.Module, ranks: int) -> Selection:
+        """The layers of `model` that are converted where so many tensor-parallel ranks have a part of each."""
+        return select(model, self.filters(), self.rejects(), _widths(model, ranks))
 
     def layer_problems(self, job: Job) -> Iterable[Problem]:
         """What is wrong with the set of layers."""
-        if degree(job) > 1:
-            why = f"scales whole rows and matrices, of which with {DEGREE} = {degree(job)} a rank has parts"
-            yield Problem(CROSS_FIELD, "model.converters", why, list(job.model.converters), f"[], or {DEGREE} = 1")
         model = _model_of(job)
         if model is None:
             return
         for name in names_nothing(model, self.filters()):
             why = f'{show(name)} names no part of the model; parts are "attention.q", "ffn", "stack.blocks.0", ...'
             yield Problem(CROSS_FIELD, ".filter_fqns", why, list(self.filter_fqns))
-        selection = self.selection(model)
+        selection = self.selection(model, degree(job))
         if not selection.chosen:
-            why = f"converts nothing: {selection}"
+            parts = f" of a rank's parts with {DEGREE} = {degree(job)}" if degree(job) > 1 else ""
+            why = f"converts nothing{parts}: {selection}"
             allowed = "a shorter filter_fqns, larger widths, or no converters"
             yield Problem(CROSS_FIELD, "model.converters", why, list(job.model.converters), allowed)
 
@@ -76,7 +83,8 @@ class Float8Linear(LinearConverter):
     """
     filter_fqns: Strings = ()
     """Names of modules that stay as they are, such as "attention.q" or "stack.blocks.0"; "auto_filter_small_kn" =
-    those too small to profit. Widths that 16 does not divide stay too; head, embedding, router and experts always."""
+    those too small to profit. Widths that 16 does not divide stay too, under tensor parallelism those of a rank's part;
+    head, embedding, router and experts always."""
     emulate: bool = False
     """Compute in high precision with float8 rounding, for devices without float8."""
 
@@ -172,9 +180,11 @@ class MXLinear(LinearConverter):
                 had = f"has {capability[0]}.{capability[1]}" if has_cuda() else "has no CUDA device"
                 why = f"needs a GPU of CUDA capability 10.0 (Blackwell), and this machine {had}"
                 yield Problem(NOT_HERE, ".recipe_name", why, self.recipe_name, '"mxfp8_emulated"')
-        if job.training.seq_len % MX_BLOCK:
-            why = f"is no multiple of {MX_BLOCK}, the numbers that share a scale in {MX}"
-            yield Problem(CROSS_FIELD, "training.seq_len", why, job.training.seq_len, f"a multiple of {MX_BLOCK}")
+        block = MX_BLOCK * degree(job)
+        if job.training.seq_len % block:
+            why = f"is no multiple of {block}: {MX_BLOCK} numbers share a scale in {MX}"
+            why += f", and {DEGREE} = {degree(job)} cuts sequences" * (degree(job) > 1)
+            yield Problem(CROSS_FIELD, "training.seq_len", why, job.training.seq_len, f"a multiple of {block}")
         yield from self.layer_problems(job)
 
 
@@ -237,9 +247,19 @@ class Quantize(ConfigBase):
 
 
 def _model_of(job: Job) -> Any:
-    """The model on the meta device; None where another problem, told elsewhere, keeps it from being built."""
+    """The model on the meta device; None where another problem, told elsewhere, keeps it from being built or split."""
     try:
         with torch.device("meta"):
-            return job.model.build(vocab_size=job.model.vocab_size or 64)
+            model = job.model.build(vocab_size=job.model.vocab_size or 64)
+        _widths(model, degree(job))
     except Exception:
         return None
+    return model
+
+
+def _widths(model: torch.nn.Module, ranks: int) -> Widths:
+    if ranks == 1:
+        return whole
+    from titan_lite.parallel.tensor import local_shapes
+
+    return local_shapes(model, ranks).__getitem__

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
 
 Reject = Callable[[int, int], str]
 """From a matrix's widths (d_out, d_in) to why it stays as it is; empty = it does not."""
+Widths = Callable[[nn.Linear], Sequence[int]]
+"""From a linear layer to the widths (d_out, d_in) of the matrix that one rank multiplies by."""
 
 
 class Selection(NamedTuple):
@@ -24,7 +26,12 @@ class Selection(NamedTuple):
         return "; ".join((f"{len(self.chosen)} of {total} linear layers", *reasons))
 
 
-def select(model: nn.Module, filters: Iterable[str], rejects: Iterable[Reject]) -> Selection:
+def whole(layer: nn.Linear) -> Sequence[int]:
+    """The widths of all of a layer."""
+    return layer.weight.shape
+
+
+def select(model: nn.Module, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths = whole) -> Selection:
     """The linear layers of `model` that no filter names and no `rejects` rules out.
 
     A filter names a part of the model by some of the words of its name, in order: "stack.blocks.1" names block 1 and
@@ -35,7 +42,7 @@ def select(model: nn.Module, filters: Iterable[str], rejects: Iterable[Reject]) 
     for name, module in model.named_modules():
         if not isinstance(module, nn.Linear):
             continue
-        if reason := _reason(name, module, filters, rejects):
+        if reason := _reason(name, module, filters, rejects, widths):
             left.setdefault(reason, []).append(name)
         else:
             chosen[name] = module
@@ -64,14 +71,14 @@ def too_small(recipe: str) -> Reject:
     return lambda d_out, d_in: "too small to gain by it" if slow[recipe](d_out, d_in) else ""
 
 
-def _reason(name: str, module: nn.Linear, filters: Iterable[str], rejects: Iterable[Reject]) -> str:
+def _reason(name: str, module: nn.Linear, filters: Iterable[str], rejects: Iterable[Reject], widths: Widths) -> str:
     if name.startswith("head."):
         return "of the head, multiplied in the loss"
     if any(_is_in(each, name) for each in filters):
         return "named by filter_fqns"
     if type(module).forward is not nn.Linear.forward:
         return "with a product of their own"
-    d_out, d_in = module.weight.shape
+    d_out, d_in = widths(module)
     return next((why for reject in rejects if (why := reject(d_out, d_in))), "")
 
 

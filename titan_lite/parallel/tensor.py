@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, cast
@@ -102,14 +102,16 @@ class Local:
     """For `rows`."""
     size: int = 1
     """n."""
+    axes: int = 1
+    """Of the mesh on which the parameter rests; others share what it is on the last of them."""
 
     def __call__(self, parameter: Tensor) -> Tensor:
-        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:
+        if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > self.axes:
             return parameter  # sharded by FSDP too, and so outside of forward: as it rests
         if self.kind == "part":
             return parameter.to_local()
         # Others have the same elements, and use them on other tokens or heads.
-        local = parameter.to_local(grad_placements=[Partial()])
+        local = parameter.to_local(grad_placements=[*parameter.placements[:-1], Partial()])
         if self.kind == "share":
             return local / self.size
         return local.narrow(0, self.first, self.count) if self.kind == "rows" else local
@@ -174,6 +176,22 @@ def place(style: Style, shape: torch.Size, rank: int, size: int) -> tuple[Placem
     return Replicate(), Local("rows", rank * groups // size * count, count)
 
 
+def local_shapes(model: nn.Module, size: int) -> dict[nn.Module, Sequence[int]]:
+    """{module with a weight: the shape of what one of `size` ranks reads of it}, where the weight can be cut so."""
+    found: dict[nn.Module, Sequence[int]] = {}
+    for module, of in styles(model).items():
+        if (style := of.get("weight")) is None:
+            continue
+        first, *others = cast(Tensor, module.weight).shape
+        if style.word == "col":
+            groups = style.groups or first
+            first = first // groups * max(1, groups // size)
+        elif style.word == "row":
+            others = [others[0] // size, *others[1:]]
+        found[module] = (first, *others)
+    return found
+
+
 def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[torch.dtype, DeviceMesh]) -> None:
     """Splits a model on the meta device over the ranks of `mesh`, in place.
 
@@ -184,11 +202,13 @@ def apply_tensor_parallel(model: nn.Module, mesh: DeviceMesh, meshes: Mapping[to
         readers: list[tuple[str, Local]] = []
         for name in filter(None, found):
             parameter: Any = module._parameters[name]
+            if isinstance(parameter, DTensor):
+                continue  # of experts, which are spread over axes of their own
             placement, local = place(found[name], parameter.shape, ranks.rank, ranks.size)
-            module._parameters[name] = _distributed(parameter, meshes[parameter.dtype], placement)
+            module._parameters[name] = distributed(parameter, meshes[parameter.dtype], [placement])
             readers.append((name, local))
         own, cls = found.get(""), cast(Hashable, type(module))
-        module.__class__ = _split_class(cls, tuple(readers), own == GATHER, own == ROW, ranks)
+        module.__class__ = split_class(cls, tuple(readers), own == GATHER, own == ROW, ranks)
     for module in model.modules():
         getattr(module, "split", _nothing)(ranks)
     left = [name for name, parameter in model.named_parameters() if not isinstance(parameter, DTensor)]
@@ -211,19 +231,22 @@ def _nothing(ranks: Ranks) -> None:
     pass
 
 
-def _distributed(parameter: nn.Parameter, mesh: DeviceMesh, placement: Placement) -> nn.Parameter:
+def distributed(parameter: nn.Parameter, mesh: DeviceMesh, placements: Sequence[Placement]) -> nn.Parameter:
+    """The parameter as a DTensor, of which this rank keeps its part."""
     local: Tensor = parameter.data
-    if isinstance(placement, Shard):
-        local = local.chunk(mesh.size(), dim=placement.dim)[mesh.get_local_rank()].contiguous()
-        assert local.shape[placement.dim] * mesh.size() == parameter.shape[placement.dim], "parts are equal"
+    for axis, placement in enumerate(placements):
+        if isinstance(placement, Shard):
+            size, before = mesh.size(axis), local.shape[placement.dim]
+            local = local.chunk(size, dim=placement.dim)[mesh.get_local_rank(axis)].contiguous()
+            assert local.shape[placement.dim] * size == before, "parts are equal"
     whole = DTensor.from_local(
-        local, mesh, [placement], run_check=False, shape=parameter.shape, stride=parameter.stride()
+        local, mesh, placements, run_check=False, shape=parameter.shape, stride=parameter.stride()
     )
     return nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 @cache
-def _split_class(
+def split_class(
     cls: Any, readers: tuple[tuple[str, Local], ...], gathers: bool, reduces: bool, ranks: TensorRanks
 ) -> type[nn.Module]:
     """A subclass whose instances read local parameters and talk to the other ranks. Equal modules share one."""

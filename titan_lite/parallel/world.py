@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,15 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import FSDPModule
 
 from titan_lite.parallel.config import Parallelism
-from titan_lite.parallel.mesh import make_mesh
+from titan_lite.parallel.mesh import SAME_LAYERS, make_expert_mesh, make_mesh
 from titan_lite.run.environment import STORE
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
+    from titan_lite.parallel.pipeline.stage import PipelinedTransformer
+
+LossOf: TypeAlias = "Callable[[Transformer], Tensor]"
+"""A micro-batch's loss, given the model; given a pipeline stage, that stage's part of it."""
 
 SAVE_TIMEOUT = timedelta(days=1)
 """Ranks wait for each other while a checkpoint is written, however slow the disk."""
@@ -67,6 +74,8 @@ class World:
     """gloo, for checkpoints written in the background."""
     second_mesh: DeviceMesh | None = None
     """Equal to `mesh`, with process groups of its own: where FSDP puts parameters of a second dtype."""
+    expert_meshes: tuple[DeviceMesh, ...] = ()
+    """See `make_expert_mesh`: beside `mesh` and `second_mesh`, where experts are spread over ranks."""
     joined: bool = False
     """Whether `connect` made the process group, and `close` is to leave it."""
 
@@ -94,13 +103,20 @@ class World:
         save_group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
         size = dist.get_world_size()
         second = make_mesh(parallelism, size, device.type, own_groups=True) if second_mesh else None
-        world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, joined)
+        own_groups = (False, True) if second_mesh else (False,)
+        of_experts = tuple(filter(None, (make_expert_mesh(parallelism, size, device.type, own) for own in own_groups)))
+        world = cls(dist.get_rank(), size, device, mesh, host_group, save_group, second, of_experts, joined)
         world.set_timeout(timeout_seconds)
         return world
 
     def set_timeout(self, seconds: int) -> None:
         """How long a collective of the training loop may take from now on."""
-        of_meshes = [group for mesh in (self.mesh, self.second_mesh) if mesh for group in mesh.get_all_groups()]
+        of_meshes = [
+            group
+            for mesh in (self.mesh, self.second_mesh, *self.expert_meshes)
+            if mesh
+            for group in mesh.get_all_groups()
+        ]
         for group in (dist.group.WORLD, self.host_group, *of_meshes):
             if group is not None:
                 _set_pg_timeout(timedelta(seconds=seconds), group)
@@ -114,13 +130,22 @@ class World:
         data = f"FSDP {shard}" if replicate == 1 else f"HSDP {replicate} x {shard}"
         if self.axis_size("dp_shard") * self.cp_size == 1 < replicate:
             data = f"DDP {replicate}"
-        others = {"context": self.cp_size, "tensor": self.tp_size, "pipeline": self.pp_size}
+        others = {"context": self.cp_size, "tensor": self.tp_size, "pipeline": self.pp_size, "expert": self.ep_size}
         return ", ".join([data, *(f"{name} parallel {size}" for name, size in others.items() if size > 1)])
 
     @property
     def axes(self) -> dict[str, int]:
         """The mesh's axes and their sizes; nothing without a mesh."""
         return {} if self.mesh is None else dict(zip(self.mesh.mesh_dim_names or (), self.mesh.shape, strict=True))
+
+    @property
+    def expert_axes(self) -> dict[str, int]:
+        """Those of the mesh for experts; nothing where they are not spread over ranks."""
+        return {
+            axis: size
+            for mesh in self.expert_meshes[:1]
+            for axis, size in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True)
+        }
 
     def axis_size(self, name: str) -> int:
         """Ranks along an axis of the mesh; 1 where there is none."""
@@ -144,6 +169,11 @@ class World:
     def pp_size(self) -> int:
         """Ranks that share the layers of a model."""
         return self.axis_size("pp")
+
+    @property
+    def ep_size(self) -> int:
+        """Ranks over which experts are spread."""
+        return self.expert_axes.get("ep", 1)
 
     @property
     def stages(self) -> DeviceMesh | None:
@@ -207,24 +237,50 @@ class World:
         dist.all_reduce(summed)
         return summed if self.tp_size == 1 else summed / self.tp_size
 
-    def forward_backward(self, model: nn.Module, losses: Iterable[Callable[[], Tensor]], last: int) -> Tensor:
+    def read(self, numbers: Tensor, likely: Sequence[int]) -> list[int]:
+        """The numbers of a tensor, which the host waits for.
+
+        `likely` are those of tokens that are spread evenly, for a world whose tensors have no numbers.
+        """
+        return numbers.tolist()
+
+    def total_of_layers(self, value: Tensor) -> Tensor:
+        """As `total_tensor`, of the ranks that have the same layers; each pipeline rank its own."""
+        if self.stages is None:
+            return self.total_tensor(value)
+        assert self.mesh is not None
+        summed = value.clone()
+        dist.all_reduce(summed, group=self.mesh[SAME_LAYERS].get_group())
+        return summed if self.tp_size == 1 else summed / self.tp_size
+
+    def merged(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What all ranks have found out about their layers, on every rank."""
+        if self.stages is None:
+            return found
+        of_each = self.gather({name: value.item() for name, value in found.items()})
+        return {name: torch.tensor(value) for its in reversed(of_each) for name, value in its.items()}
+
+    def forward_backward(self, model: Transformer, losses: Iterable[LossOf], last: int) -> Tensor:
         """Runs forward and backward of each micro-batch's loss; returns this rank's sum of the losses, detached.
 
-        Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, and over replicas
-        after the last one only. `losses` are thunks, `last` the index of the last one.
+        Gradients are reduced to their shards after each micro-batch, since whole ones would not fit, or after each run
+        of the pipeline's schedule, and over replicas after the last one only. `last` is the index of the last loss.
         """
+        if self.stages is not None:
+            return cast("PipelinedTransformer", model).pipeline.forward_backward(list(losses))
         total = torch.zeros((), dtype=torch.float32, device=self.device)
         for index, loss_of in enumerate(losses):
             if isinstance(model, FSDPModule):
                 model.set_requires_all_reduce(index == last)
-            loss = loss_of()
+            loss = loss_of(model)
             loss.backward()
             total += loss.detach()
         return total
 
     def materialize(self, model: nn.Module, device: torch.device) -> None:
         """Gives the parameters of a sharded model on the meta device their memory, not yet their values."""
-        model.to_empty(device=device)
+        for part in getattr(model, "stages", (model,)):
+            part.to_empty(device=device)
 
     def close(self) -> None:
         """Leaves the process group that `connect` joined."""

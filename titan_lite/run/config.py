@@ -171,11 +171,18 @@ class Metrics(ConfigBase):
     """Every rank writes its scalars, not only the first."""
     enable_wandb: bool = False
     """Log to Weights & Biases (extra `wandb`)."""
+    compare_with_estimate: Literal["auto", "always", "never"] = "auto"
+    """Print one of the first steps' memory and time beside what `python -m estimation` says, once that is there. The
+    estimate runs beside the training on one CPU core. auto = at the lowest priority, where the run has a minute to go;
+    always = however short it is, and a run that is done waits for it."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
         if self.enable_wandb and not is_installed("wandb"):
             why = "Weights & Biases is not installed: pip install 'titan_lite[wandb]'"
             yield Problem(NOT_HERE, ".enable_wandb", why, True, "false without the extra `wandb`")
+        if self.compare_with_estimate == "always" and not is_installed("estimation"):
+            why = "the estimator is not installed: it comes with the checkout"
+            yield Problem(NOT_HERE, ".compare_with_estimate", why, "always", '"auto" or "never"')
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.save_for_all_ranks and not (self.enable_tensorboard or self.enable_wandb):
@@ -285,7 +292,8 @@ class Debug(ConfigBase):
     deterministic_warn_only: bool = False
     """With deterministic: only warn about them."""
     moe_force_load_balance: bool = False
-    """Spread tokens evenly over experts, for timing (idle without experts)."""
+    """For timing: routers send tokens to experts in turn, equally many to each, in place of those with the best scores.
+    """
 
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if self.deterministic_warn_only and not self.deterministic:

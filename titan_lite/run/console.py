@@ -7,7 +7,7 @@ from pathlib import Path
 from titan_lite.run.device import Memory
 from titan_lite.run.hooks import RunFacts
 from titan_lite.run.logging import logger
-from titan_lite.run.sink import LoggedStep, LoggedValidation, Sink, Totals
+from titan_lite.run.sink import LoggedComparison, LoggedStep, LoggedValidation, Sink, Totals
 
 Fields = tuple[tuple[str, str], ...]
 """Pairs of style and text; two spaces stand between the texts."""
@@ -35,6 +35,11 @@ class ConsoleSink(Sink):
 
     def validation(self, row: LoggedValidation) -> None:
         _log(validation_fields(row))
+
+    def comparison(self, row: LoggedComparison) -> None:
+        logger.info(comparison_line(row))
+        for doubt in row.doubts:
+            logger.warning("Step %d is not as estimated. %s", row.step, doubt)
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         logger.info("Checkpoint of step %d: training waited %.2f seconds for %s", step, seconds, path)
@@ -96,6 +101,22 @@ def fact_lines(facts: RunFacts) -> list[tuple[str, str]]:
     if facts.remembered_bytes:
         lines.insert(3, ("memory", f"{facts.remembered_bytes / 2**30:.2f} GiB on each rank, of the steps before"))
     return [*lines, ("resumes", facts.resumed_from)] if facts.resumed_from else lines
+
+
+def comparison_line(row: LoggedComparison) -> str:
+    """Measured numbers with the estimated ones and the difference behind each."""
+    measured, estimated = row.measured, row.estimated
+    pairs = (
+        ("live memory", measured.live_gib, estimated.live_gib, "GiB"),
+        ("reserved memory", measured.reserved_gib, estimated.reserved_gib, "GiB"),
+        ("step", measured.step_seconds, estimated.step_seconds, "s"),
+    )
+    parts = [
+        f"{name}: {ours:.3f} {unit} (estimated {theirs:.3f}, {100 * (ours / theirs - 1):+.1f}%)"
+        for name, ours, theirs, unit in pairs
+        if ours is not None and theirs
+    ]
+    return f"Step {row.step} and its estimate  " + "  ".join(parts)
 
 
 def end_line(totals: Totals) -> str:

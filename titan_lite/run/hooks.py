@@ -52,6 +52,8 @@ class RunFacts:
     """Those that work on a token, where not all do."""
     remembered_bytes: int = 0
     """On each rank, of what its rows remember of the steps before."""
+    resting_bytes: Callable[[], int] = int
+    """On each rank, of parameters, buffers, optimizer states and memory on its device; asked between two steps."""
     resumed_from: str | None = None
     run_id: str = ""
     """Stays the same over resumes."""

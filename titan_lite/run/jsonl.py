@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one flushed line per logged step and per validation pass, for programs to read."""
+"""`metrics.jsonl`: one flushed line per logged step, validation pass and comparison, for programs to read."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from titan_lite.run.hooks import RunFacts
-from titan_lite.run.sink import LoggedStep, LoggedValidation, Sink, Totals
+from titan_lite.run.sink import LoggedComparison, LoggedStep, LoggedValidation, Sink, Totals
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,11 @@ class JsonLines(Sink):
         self._write(
             {"step": row.step, "validation_loss": row.loss, "validation_bits_per_byte": row.bits_per_byte},
         )
+
+    def comparison(self, row: LoggedComparison) -> None:
+        costs = {"measured": row.measured, "estimated": row.estimated}
+        fields = {f"{which}_{name}": value for which, cost in costs.items() for name, value in vars(cost).items()}
+        self._write({"step": row.step, **fields})
 
     def end(self, totals: Totals) -> None:
         if self._file is not None:

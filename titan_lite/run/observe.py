@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from titan_lite.config.machine import is_installed
 from titan_lite.run.console import ConsoleSink
+from titan_lite.run.estimate import EstimateHook
 from titan_lite.run.gc import GarbageCollectionHook
 from titan_lite.run.hooks import Hook, HookList
 from titan_lite.run.jsonl import JsonLines
@@ -23,7 +25,12 @@ if TYPE_CHECKING:
 def build_hooks(job: Job, rank: int, device: torch.device) -> HookList:
     """Everything a run shows and records, for one rank."""
     folder = Path(job.job.dump_folder)
-    hooks: list[Hook] = [MetricsHook(job.metrics.log_freq, _sinks(job, rank, folder), device)]
+    sinks = _sinks(job, rank, folder)
+    hooks: list[Hook] = []
+    if rank == 0 and job.metrics.compare_with_estimate != "never" and is_installed("estimation"):
+        always, profiled = job.metrics.compare_with_estimate == "always", job.profiling.enable_profiling
+        hooks.append(EstimateHook(always, sinks, device, records=not profiled))
+    hooks.append(MetricsHook(job.metrics.log_freq, sinks, device))  # which closes the sinks
     if job.profiling.enable_profiling:
         hooks.append(ProfilerHook(job.profiling, folder, rank, device))
     if job.profiling.enable_memory_snapshot:

@@ -46,6 +46,28 @@ class LoggedValidation:
 
 
 @dataclass(frozen=True)
+class Cost:
+    """Of one step on one rank."""
+
+    live_gib: float | None
+    """Peak of what is allocated; None where it was not measured."""
+    reserved_gib: float | None
+    """Peak of what the allocator holds; None on a CPU."""
+    step_seconds: float
+
+
+@dataclass(frozen=True)
+class LoggedComparison:
+    """A measured step beside what was estimated."""
+
+    step: int
+    measured: Cost
+    estimated: Cost
+    doubts: tuple[str, ...]
+    """Where they are far apart: which term to look at."""
+
+
+@dataclass(frozen=True)
 class Totals:
     """What this process did from its start to its end."""
 
@@ -71,6 +93,9 @@ class Sink:
 
     def validation(self, row: LoggedValidation) -> None:
         """Called with every validation pass."""
+
+    def comparison(self, row: LoggedComparison) -> None:
+        """Called at most once in a process's life, when the estimate is there."""
 
     def checkpoint(self, step: int, path: Path, seconds: float) -> None:
         """Called with every checkpoint."""

@@ -13,6 +13,7 @@ from titan_lite.config.load import job_from_dict
 from titan_lite.models.aux_loss import add_loss
 from titan_lite.models.ffn.moe import Balance, MoE, Routing
 from titan_lite.models.ffn.moe.tally import counts
+from titan_lite.models.row import WHOLE
 
 ATOL = 1e-6
 """fp32, losses of about one unit."""
@@ -28,7 +29,7 @@ def routing(seed: int = 0) -> Routing:
 
 def loss_of(name: str, of: Routing, n_rows: int = ROWS, coefficient: float = 1.0) -> Tensor:
     balance = Balance.Config.choose({"type": name, "coefficient": coefficient}).build()
-    return balance.loss(of, n_rows)
+    return balance.loss(of, n_rows, WHOLE)
 
 
 def test_sequence_loss_in_closed_form():

@@ -18,6 +18,10 @@ class Attention(Module):
         slot: ClassVar[str] = "attention"
         default_type: ClassVar[str | None] = "gqa"
 
+        def leaves(self, dim: int) -> dict[str, tuple[int, int]]:
+            """What a layer leaves for later ones, in a model of this width: its name, and its heads and their width."""
+            return {}
+
     def shared(self) -> Iterator[Position | PreparedKernel]:
         """The parts that compute something once per forward."""
         raise NotImplementedError

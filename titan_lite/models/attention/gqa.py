@@ -55,7 +55,13 @@ class GroupedAttention(HeadAttention):
 
         def value_shape(self, dim: int) -> tuple[int, int]:
             """G and Dv of a model of this width."""
-            return self.n_kv_heads or self.n_heads, self.value_width(dim)
+            return self.groups(), self.value_width(dim)
+
+        def groups(self) -> int:
+            return self.n_kv_heads or self.n_heads
+
+        def leaves(self, dim: int) -> dict[str, tuple[int, int]]:
+            return dict.fromkeys(self.value_mix.leaves, self.value_shape(dim))
 
         def kept(self, dim: int) -> Kept:
             n_kv_heads, value_dim = self.value_shape(dim)
@@ -129,7 +135,7 @@ class GroupedAttention(HeadAttention):
         memory.leave(x, k, v, context.carry)
         q, k, v = self.position(q, k, v, memory, context.prepared[self.position.key])
         q = self.qk_norm.after_position(q)
-        k, v = self.registers(k, v, self.position, n_positions(k.shape[2], context.recalled))
+        k, v = self.registers(k, v, self.position, n_positions(context.row.size * k.shape[2], context.recalled))
         y = self.sink(self.kernel, q, k, v, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 

@@ -12,12 +12,14 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt, Probability
 from titan_lite.models.attention.base import Attention
 from titan_lite.models.attention.gate import Gate, NoGate
 from titan_lite.models.attention.kernel import Auto, Kernel, PreparedKernel, Scoring
+from titan_lite.models.attention.kernel.base import WASTE, hides_some
 from titan_lite.models.attention.mask import Causal, Mask
 from titan_lite.models.attention.registers import NoRegisters, Registers
 from titan_lite.models.attention.score import Score, Softmax
 from titan_lite.models.attention.sink import NoSink, Sink
 from titan_lite.models.linear import Linear
 from titan_lite.models.position import Position, RoPE
+from titan_lite.parallel.deal import METHOD, attention_problems, takes_rings
 from titan_lite.parallel.plan import split_problems
 
 if TYPE_CHECKING:
@@ -73,6 +75,10 @@ class HeadAttention(Attention):
             """Width Dv of values in a model of this width."""
             raise NotImplementedError
 
+        def groups(self) -> int:
+            """Key/value heads that the kernel computes with."""
+            return self.n_heads
+
         def kept(self, dim: int) -> Kept:
             """What a token leaves in a cache, in a model of this width."""
             raise NotImplementedError
@@ -98,9 +104,13 @@ class HeadAttention(Attention):
                 )
             yield from self.kernel.refusals(self, job.model.dim)
             yield from split_problems(job, ".n_heads", self.n_heads)
+            yield from attention_problems(self, job)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
-            yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
+            if not takes_rings(job):
+                yield from self.kernel.remarks(self, job.model.dim, job.training.seq_len)
+            elif hides_some(self, job.training.seq_len):
+                yield f'{METHOD} = "ring" {WASTE}; with "ulysses", kernels that leave them out do so'
 
     def attend_with(self, config: Config, dim: int, linear: Linear.Config, turned: int, kept: Kept) -> None:
         """Makes the parts that the config chooses.

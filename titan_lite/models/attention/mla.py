@@ -112,7 +112,7 @@ class MLA(HeadAttention):
         memory.leave(x, k, c, context.carry)
         own, turned = q.split(self.parts, dim=-1)
         turned, k, c = self.position(turned, k, c, memory, context.prepared[self.position.key])
-        k, c = self.registers(k, c, self.position, n_positions(k.shape[2], context.recalled))
+        k, c = self.registers(k, c, self.position, n_positions(context.row.size * k.shape[2], context.recalled))
         y = self.attend(own, turned, k, c, context)
         return self.o(self.gate(y, x).transpose(1, 2).flatten(2))  # (B, T, D)
 

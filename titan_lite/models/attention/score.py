@@ -37,6 +37,10 @@ class Score(Component):
         """Scaled scores, element by element, as they are before the bias is added."""
         return scores
 
+    def uncapped(self, grad: Tensor, capped: Tensor) -> Tensor:
+        """The gradient of scaled scores, given that of what `capped` made of them."""
+        return grad
+
     def weights(self, scores: Tensor, allowed: Tensor) -> Tensor:
         """float32 weights of scores that are -inf wherever `allowed`, broadcastable to (B, H, T, S), is False."""
         raise NotImplementedError
@@ -66,6 +70,9 @@ class CappedSoftmax(Score):
 
     def capped(self, scores: Tensor) -> Tensor:
         return self.cap * torch.tanh(scores / self.cap)
+
+    def uncapped(self, grad: Tensor, capped: Tensor) -> Tensor:
+        return grad * (1 - (capped / self.cap).square())
 
     def weights(self, scores: Tensor, allowed: Tensor) -> Tensor:
         return scores.softmax(-1)

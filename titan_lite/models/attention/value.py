@@ -21,6 +21,8 @@ class ValueMix(OnTokens):
     class Config(SlotConfig):
         slot: ClassVar[str] = "value_mix"
         default_type: ClassVar[str | None] = "none"
+        leaves: ClassVar[tuple[str, ...]] = ()
+        """The names of what a layer leaves for later ones, shaped like its values."""
 
 
 class NoValueMix(ValueMix):
@@ -44,6 +46,7 @@ class ValueResidual(ValueMix):
 
     class Config(ValueMix.Config):
         type: Literal["residual"] = "residual"
+        leaves: ClassVar[tuple[str, ...]] = (FIRST_VALUES,)
 
     def __init__(self, config: Config):
         super().__init__()

@@ -65,9 +65,8 @@ class PositionTable(AbsolutePosition):
 
     def rows(self, x: Tensor, context: Context) -> Tensor:
         """(T, D), those of the tokens of x. Raises ConfigError where a token is behind the last position."""
-        length = context.memory.length + context.positions.shape[0]
-        if length > self.max_len:
-            why = f"has positions for {self.max_len} tokens, and this text has {length} or more"
+        if context.length > self.max_len:
+            why = f"has positions for {self.max_len} tokens, and this text has {context.length} or more"
             raise ConfigError.at("model.embedding.position.max_len", why, self.max_len, "shorter texts")
         return F.embedding(context.own_positions, self.weight)
 

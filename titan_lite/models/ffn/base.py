@@ -20,6 +20,8 @@ class FFN(Module):
     class Config(SlotConfig):
         slot: ClassVar[str] = "ffn"
         default_type: ClassVar[str | None] = "glu"
+        has_experts: ClassVar[bool] = False
+        """Whether there are experts which can be spread over ranks."""
 
 
 class DenseFFN(FFN):

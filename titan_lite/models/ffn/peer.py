@@ -15,12 +15,13 @@ from titan_lite.config.fields import PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.context import Context
 from titan_lite.models.ffn.base import FFN
+from titan_lite.models.ffn.dispatch import HERE, Dispatch
 from titan_lite.models.ffn.moe.tally import Tally
 from titan_lite.models.ffn.query_norm import QueryNorm, RMSQueryNorm
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Total
 from titan_lite.models.spec import Spec
-from titan_lite.parallel.plan import SEQ, Plan
+from titan_lite.parallel.plan import EXPERT_DEGREE, SEQ, SPLIT_DEGREE, ExpertPlan, Plan, spread_problems
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -42,6 +43,7 @@ class PEER(FFN):
 
     class Config(FFN.Config):
         type: Literal["peer"] = "peer"
+        has_experts: ClassVar[bool] = True
         n_keys: PositiveInt = 128
         """Sub-keys per half; there are n_keys^2 experts."""
         n_heads: PositiveInt = 8
@@ -58,6 +60,10 @@ class PEER(FFN):
         """Of each expert's neuron."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            yield from spread_problems(job, ".n_keys", self.n_keys, self.n_keys**2)
+            if (parts := job.parallelism.expert_tensor_parallel_degree) > 1:
+                why = "splits each expert over ranks, and those of PEER are of one neuron"
+                yield Problem(CROSS_FIELD, SPLIT_DEGREE, why, parts, f"1, with any {EXPERT_DEGREE}")
             if self.top_k > self.n_keys**2:
                 why = f"is more than there are experts with n_keys = {self.n_keys}"
                 yield Problem(CROSS_FIELD, ".top_k", why, self.top_k, f"1 to {self.n_keys**2}")
@@ -76,6 +82,13 @@ class PEER(FFN):
         self.v = nn.Parameter(torch.empty(config.n_keys**2, dim))
         self.activation = activation(config.activation)
         self.tally = Tally(config.n_keys**2)
+        self.dispatch = HERE
+
+    def expert_plan(self) -> ExpertPlan:
+        return {"u": None, "v": None}
+
+    def spread(self, dispatch: Dispatch) -> None:
+        self.dispatch = dispatch
 
     def tp_plan(self) -> Plan:
         return dict.fromkeys(("query", "keys", "u", "v"), SEQ)
@@ -84,11 +97,33 @@ class PEER(FFN):
         experts, scores = self.retrieve(x, context)  # (B, T, H, k)
         if context.token_weight is not None:
             self.tally.add(experts)
-        hidden = torch.einsum("btd,bthkd->bthk", x, F.embedding(experts, self.u))
-        weights = scores.softmax(-1).to(x.dtype) * self.activation(hidden)
+        chosen, g = experts.flatten(2).flatten(0, 1), scores.softmax(-1).flatten(2).flatten(0, 1)  # (B T, H k)
+        answer = self.of_all_experts if self.dispatch.size == 1 else self.of_own_experts
+        return answer(x.flatten(0, 1), chosen, g.to(x.dtype)).view_as(x)
+
+    def of_all_experts(self, x: Tensor, experts: Tensor, g: Tensor) -> Tensor:
+        """The weighted sum (N, D) of the experts (N, j) of tokens x (N, D), with factors g (N, j)."""
+        hidden = torch.einsum("nd,njd->nj", x, F.embedding(experts, self.u))
         # Adds weighted rows of v without a tensor of all of them.
-        bags, factors = experts.flatten(2).flatten(0, 1), weights.flatten(2).flatten(0, 1)  # (B T, H k)
-        return F.embedding_bag(bags, self.v, mode="sum", per_sample_weights=factors).view_as(x)
+        return F.embedding_bag(experts, self.v, mode="sum", per_sample_weights=g * self.activation(hidden))
+
+    def of_own_experts(self, x: Tensor, experts: Tensor, g: Tensor) -> Tensor:
+        """The same, each rank adding what the experts that it has make of the tokens of all ranks.
+
+        A token has so many experts that nearly every rank has some of them: all tokens go everywhere.
+        """
+        ranks, n_own = self.dispatch, len(self.u)
+        x, experts, g = ranks.gather(x), ranks.gather(experts), ranks.gather(g)
+        own = experts - ranks.rank * n_own
+        is_here = (own >= 0) & (own < n_own)
+        counts = is_here.sum(1)
+        n_pairs = ranks.read(counts.sum(), experts.numel() // ranks.size)
+        token, column = is_here.nonzero_static(size=n_pairs).unbind(1)
+        own, g = own[token, column], g[token, column]
+        hidden = (x[token] * F.embedding(own, self.u)).sum(-1)
+        starts = counts.cumsum(0) - counts
+        y = F.embedding_bag(own, self.v, starts, mode="sum", per_sample_weights=g * self.activation(hidden))
+        return ranks.reduce(y)
 
     def retrieve(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor]:
         """The top_k experts of every head and their scores in float32, both (B, T, H, k)."""

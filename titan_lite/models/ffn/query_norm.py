@@ -15,6 +15,7 @@ from titan_lite.config.fields import PositiveFloat, Probability
 from titan_lite.models.context import Context
 from titan_lite.models.module import OnTokens, Total
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.deal import CONTEXT, sharers
 from titan_lite.parallel.plan import DEGREE, degree
 
 if TYPE_CHECKING:
@@ -80,10 +81,11 @@ class BatchQueryNorm(QueryNorm):
             yield '.type = "batch" depends on training.local_batch_size: other layouts train a little differently'
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-            if degree(job) > 1:
-                why = f"normalises over the tokens of a rank, and {DEGREE} = {degree(job)} gives each rank other ones "
-                why += "of the same rows"
-                yield Problem(CROSS_FIELD, ".type", why, self.type, f'"rms" or "none", or {DEGREE} = 1')
+            for key, n in ((DEGREE, degree(job)), (CONTEXT, sharers(job))):
+                if n > 1:
+                    why = f"normalises over the tokens of a rank, and {key} = {n} gives each rank other ones of the "
+                    why += "same rows"
+                    yield Problem(CROSS_FIELD, ".type", why, self.type, f'"rms" or "none", or {key} = 1')
 
     weighs_tokens: ClassVar[bool] = True
     mean: Tensor

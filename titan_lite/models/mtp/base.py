@@ -36,6 +36,8 @@ class MTP(Module):
     class Config(SlotConfig):
         slot: ClassVar[str] = "mtp"
         default_type: ClassVar[str | None] = "none"
+        embeds: ClassVar[bool] = False
+        """Whether training needs embedded tokens behind the last layer."""
 
         def weights(self) -> tuple[float, ...]:
             """Of the mean loss of each further token, beside that of the next one."""

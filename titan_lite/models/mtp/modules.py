@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ class SequentialModules(MTP):
 
     class Config(MTP.Config):
         type: Literal["modules"] = "modules"
+        embeds: ClassVar[bool] = True
         depth: PositiveInt = 1
         """Modules D: tokens that are predicted behind the next one."""
         weight: PositiveFloat = 0.3
@@ -47,10 +48,12 @@ class SequentialModules(MTP):
         self, embedded: Tensor, streams: Streams, norm: Callable[[Tensor], Tensor], context: Context
     ) -> Sequence[Tensor]:
         states, x = [], streams.x
-        embedded = self.ranks.gather(embedded, self.training)
+        ranks, row = self.ranks, context.row
+        embedded = row.whole(ranks.gather(embedded, self.training))
         for k, predictor in enumerate(self.predictors.values(), 1):
             # The last k positions get the row's first tokens: nobody before them sees that, and they have no target.
-            ahead = self.ranks.own(embedded.roll(-k, dims=1).transpose(0, 1), self.training).transpose(0, 1)
+            ahead = row.own(embedded.roll(-k, dims=1))
+            ahead = ranks.own(ahead.transpose(0, 1), self.training).transpose(0, 1)
             x, state = predictor(x, ahead, layer_context(context, k, streams.carry))
             states.append(state)
         return states

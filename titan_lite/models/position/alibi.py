@@ -48,10 +48,10 @@ class ALiBiBias(ScoreBias):
         self.power = 2 ** int(math.log2(n_heads))
 
     def split(self, ranks: Ranks) -> None:
-        """Leaves one rank's heads."""
         self.n_heads //= ranks.size
-        self.first = ranks.rank * self.n_heads
-        self.slopes = self.slopes[self.first : self.first + self.n_heads]
+        first = ranks.rank * self.n_heads
+        self.first += first
+        self.slopes = self.slopes[first : first + self.n_heads]
 
     def grid(self, q: Tensor, k: Tensor) -> Tensor:
         return self.element(torch.arange(self.n_heads, device=q.device)[:, None, None], q, k)

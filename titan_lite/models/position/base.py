@@ -11,6 +11,7 @@ from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import Problem
 from titan_lite.models.context import Context, LayerMemory
 from titan_lite.models.module import Module
+from titan_lite.models.ranks import Ranks
 
 
 class ScoreBias:
@@ -18,6 +19,9 @@ class ScoreBias:
 
     key = ""
     """Equal for biases that are equal; empty = nothing is added."""
+
+    def split(self, ranks: Ranks) -> None:
+        """Leaves one rank's heads of those that it has."""
 
     def grid(self, q: Tensor, k: Tensor) -> Tensor | None:
         """float32, broadcastable to (H, T, S), for positions q (T, 1) and k (1, S); None = nothing is added."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from titan_lite.config.errors import CROSS_FIELD, Problem
 from titan_lite.config.fields import PositiveFloat
-from titan_lite.models.context import Context, LayerMemory, key_positions, n_positions
+from titan_lite.models.context import Context, LayerMemory, n_positions
 from titan_lite.models.position.base import Position
 from titan_lite.models.position.frequencies import FREQUENCIES, Kind
 from titan_lite.models.position.rotation import Layout, rotation
@@ -107,14 +107,12 @@ class RoPE(Position):
         """What turns the tokens of this call: cos and sin, each (T, d/2), unless frequencies are learned."""
         if context.memory.plain_keys:
             return self.anew(context)
-        length = context.memory.length + context.positions.shape[0]
+        length = context.length
         return self.turns(length, self.scaling.frequencies(length, context.positions.device), context.positions)
 
     def anew(self, context: Context) -> Anew:
         """What turns the queries of this call, and what turns all keys so far."""
-        n_keys = context.memory.length + context.positions.shape[0]
-        length = n_positions(n_keys, context.recalled)
-        keys = key_positions(torch.arange(n_keys, device=context.positions.device), context.recalled)
+        length, keys = n_positions(context.length, context.recalled), context.all_key_positions
         frequencies = self.scaling.frequencies(length, keys.device)
         queries = self.turns(length, frequencies, context.positions)
         return Anew(queries, self.turns(length, frequencies, keys), length)

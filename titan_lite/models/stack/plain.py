@@ -24,8 +24,9 @@ class PlainStack(Stack):
 
     def forward(self, x: Tensor, context: Context) -> Streams:
         carry = context.carry
-        for i, block in enumerate(self.blocks.values()):
-            trunk = x
+        trunk = x
+        for number, block in self.blocks.items():  # all of them, or those of a pipeline stage
+            i, trunk = int(number), x
             x, carry = block(x, context.layer(i, carry))
             context.memory.keep(i, carry)
         return Streams(x, trunk, carry)

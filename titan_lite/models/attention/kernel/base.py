@@ -50,9 +50,12 @@ class Scoring:
 
     def plain_causal(self, n_queries: int, n_keys: int, documents: bool) -> bool:
         """Whether scores only have to be hidden by the causal mask of a square, with or without document numbers."""
+        return n_queries == n_keys and not self.registers and self.only_causal(n_keys, documents)
+
+    def only_causal(self, n_keys: int, documents: bool) -> bool:
+        """Whether nothing happens to scores of so many tokens but that the causal mask hides some."""
         hiding = (mask for mask in self.masks if mask.hides(n_keys, documents))
-        square = n_queries == n_keys and not self.registers
-        return square and not self.bias.key and all(isinstance(mask, Causal) for mask in hiding)
+        return not self.bias.key and all(isinstance(mask, Causal) for mask in hiding)
 
     def allowed(self, q: Tensor, k: Tensor, q_document: Tensor | None, k_document: Tensor | None) -> Tensor:
         """What all masks allow; arguments as for `Mask.allowed`."""
@@ -128,6 +131,8 @@ class Kernel(Module):
         """Why it drops no weights; empty = it does."""
         no_lse: ClassVar[str] = ""
         """Why it has no `with_lse`; empty = it has."""
+        no_parts: ClassVar[str] = ""
+        """Why results of parts of the keys cannot be merged, forward and backward; empty = they can."""
         skips: ClassVar[bool] = False
         """Whether it leaves out blocks of keys that no query of a block may see."""
 

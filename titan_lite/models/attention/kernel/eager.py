@@ -41,7 +41,7 @@ class Eager(Kernel):
     def _scores(self, q: Tensor, k: Tensor, context: Context) -> Tensor:
         """(B, H, T, S) in float32, -inf where a mask says no."""
         grids: Grids = context.prepared[self.key]
-        products = _stacked(q, k.shape[1]) @ k.transpose(-2, -1)
+        products = stacked(q, k.shape[1]) @ k.transpose(-2, -1)
         scores = products.float().view(*q.shape[:3], -1) * self.scoring.scale  # (B, H, T, S)
         scores = self.scoring.score.capped(scores)
         if grids.bias is not None:
@@ -52,9 +52,9 @@ class Eager(Kernel):
         """The values (B, G, S, Dv) under the weights that the scores (B, H, T, S) give: (B, H, T, Dv)."""
         weights = self.scoring.score.weights(scores, context.prepared[self.key].allowed)
         weights = self.dropout(weights, context.noise).to(v.dtype)
-        return (_stacked(weights, v.shape[1]) @ v).view(*scores.shape[:3], -1)
+        return (stacked(weights, v.shape[1]) @ v).view(*scores.shape[:3], -1)
 
 
-def _stacked(x: Tensor, groups: int) -> Tensor:
+def stacked(x: Tensor, groups: int) -> Tensor:
     """(B, H, T, n) -> (B, G, H/G * T, n): one below the other what meets the same keys and values."""
     return x.unflatten(1, (groups, -1)).flatten(2, 3)

@@ -50,6 +50,7 @@ class FlashAttention(Kernel):
         scores: ClassVar[tuple[str, ...] | None] = ("softmax", "softmax_capped")
         no_dropout: ClassVar[str] = "flash_attn draws from a generator, so that the draw depends on the layout"
         no_lse: ClassVar[str] = "flash_attn returns the log-sum-exp without a gradient"
+        no_parts: ClassVar[str] = "flash_attn's backward knows the softmax of the keys of one call alone"
         skips: ClassVar[bool] = True
 
         def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:

@@ -52,6 +52,7 @@ class Flex(Kernel):
         type: Literal["flex"] = "flex"
         scores: ClassVar[tuple[str, ...] | None] = ("softmax", "softmax_capped")
         no_dropout: ClassVar[str] = "flex_attention changes scores, and dropout acts behind their softmax"
+        no_parts: ClassVar[str] = "FlexAttention's backward knows the softmax of the keys of one call alone"
         skips: ClassVar[bool] = True
 
         def refusals(self, attention: HeadAttention.Config, dim: int) -> Iterable[Problem]:

@@ -12,6 +12,7 @@ from titan_lite.config.fields import PositiveFloat
 from titan_lite.models.ffn.moe.router import Routing
 from titan_lite.models.ffn.moe.tally import counts
 from titan_lite.models.module import Module
+from titan_lite.models.row import Row
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -20,14 +21,16 @@ if TYPE_CHECKING:
 class Balance(Module):
     """A loss on the routing of a micro-batch, beside the objective.
 
-    With tensor parallelism each rank has tokens of its own of every row, and the losses of the ranks are added up.
+    With tensor and context parallelism each rank has tokens of its own of every row, and the losses of the ranks are
+    added up.
     """
 
     class Config(SlotConfig):
         slot: ClassVar[str] = "balance"
 
-    def loss(self, routing: Routing, n_rows: int) -> Tensor:
-        """Summed over tokens; the N = n_rows * T tokens of the routing are whole rows, one after the other."""
+    def loss(self, routing: Routing, n_rows: int, row: Row) -> Tensor:
+        """Summed over tokens; the N = n_rows * T tokens of the routing are this rank's of each row, one row after the
+        other."""
         raise NotImplementedError
 
 
@@ -48,11 +51,11 @@ class SequenceBalance(Balance):
         super().__init__()
         self.coefficient = config.coefficient
 
-    def loss(self, routing: Routing, n_rows: int) -> Tensor:
+    def loss(self, routing: Routing, n_rows: int, row: Row) -> Tensor:
         E, k = routing.scores.shape[-1], routing.experts.shape[-1]
         own = len(routing.experts) // n_rows
-        T = own * self.ranks.size
-        chosen = self.ranks.sum_alike(counts(routing.experts.view(n_rows, own * k), E))  # (rows, E)
+        T = own * self.ranks.size * row.size
+        chosen = row.sum(self.ranks.sum_alike(counts(routing.experts.view(n_rows, own * k), E)))  # (rows, E)
         mean = routing.probabilities().unflatten(0, (n_rows, own)).sum(1) / T  # (rows, E), this rank's share of it
         return self.coefficient * T * (chosen * (E / (k * T)) * mean).sum()
 
@@ -76,10 +79,10 @@ class BatchBalance(Balance):
         super().__init__()
         self.coefficient = config.coefficient
 
-    def loss(self, routing: Routing, n_rows: int) -> Tensor:
+    def loss(self, routing: Routing, n_rows: int, row: Row) -> Tensor:
         E, k = routing.scores.shape[-1], routing.experts.shape[-1]
-        chosen = self.ranks.sum_alike(counts(routing.experts.flatten()[None], E)[0])  # (E,)
-        mean = routing.probabilities().mean(0) / self.ranks.size  # this rank's share of it
+        chosen = row.sum(self.ranks.sum_alike(counts(routing.experts.flatten()[None], E)[0]))  # (E,)
+        mean = routing.probabilities().mean(0) / (self.ranks.size * row.size)  # this rank's share of it
         return self.coefficient * (chosen * (E / k) * mean).sum()
 
 
@@ -95,5 +98,5 @@ class RouterZLoss(Balance):
         super().__init__()
         self.coefficient = config.coefficient
 
-    def loss(self, routing: Routing, n_rows: int) -> Tensor:
+    def loss(self, routing: Routing, n_rows: int, row: Row) -> Tensor:
         return self.coefficient * routing.logits.logsumexp(-1).square().sum()

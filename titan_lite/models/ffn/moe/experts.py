@@ -17,6 +17,7 @@ from titan_lite.config.fields import PositiveFloat, PositiveInt
 from titan_lite.models.activation import Activation, activation
 from titan_lite.models.module import OnTokens
 from titan_lite.models.spec import Spec
+from titan_lite.parallel.plan import SPLIT_DEGREE, ExpertPlan, divisors, nearest
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -43,6 +44,14 @@ class Experts(OnTokens):
         """Biases on all three matrices."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            parts = job.parallelism.expert_tensor_parallel_degree
+            if self.hidden % (ALIGNED * parts):
+                why = f"is split over ranks, and {SPLIT_DEGREE} = {parts} does not cut it into multiples of {ALIGNED}, "
+                why += "which the grouped product wants"
+                legal = (
+                    f"{nearest(self.hidden, ALIGNED * parts)}, or {SPLIT_DEGREE} = {divisors(self.hidden // ALIGNED)}"
+                )
+                yield Problem(CROSS_FIELD, ".hidden", why, self.hidden, legal)
             if job.model.dim % ALIGNED:
                 why = (
                     f"does not work with model.dim = {job.model.dim}: the grouped product wants a multiple of {ALIGNED}"
@@ -75,6 +84,10 @@ class Experts(OnTokens):
         gate = grouped_linear(x, self.gate, self.gate_bias, ends)
         up = grouped_linear(x, self.up, self.up_bias, ends)
         return grouped_linear(self.combine(gate, up), self.down, self.down_bias, ends)
+
+    def expert_plan(self) -> ExpertPlan:
+        # Parts of an expert make inner features each, and `down` adds them up.
+        return {"gate": 2, "up": 2, "down": 1, "gate_bias": 1, "up_bias": 1, "down_bias": None}
 
     def param_specs(self) -> dict[str, Spec]:
         specs = {name: Spec("expert", *widths, used=self.used) for name, widths in self.widths.items()}
@@ -130,16 +143,20 @@ def grouped_linear(x: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor)
 
 
 # torch's own operator cannot be traced in float32 (its shape function knows bfloat16 only), and its backward does not
-# take gradients that are not laid out densely, such as an expanded one.
+# take gradients that are not laid out densely, such as an expanded one, nor no rows at all.
 @torch.library.custom_op("titan_lite::grouped_mm", mutates_args=())
 def _grouped_mm(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
     """a (M, K), b (E, K, N) -> (M, N), rows of `a` in groups; or a (K, M), b (M, N) -> (E, K, N), their inner sums."""
-    return F.grouped_mm(a, b, offs=ends)
+    return F.grouped_mm(a, b, offs=ends) if a.numel() else a.new_zeros(_grouped_shape(a, b, ends))
 
 
 @_grouped_mm.register_fake
 def _(a: Tensor, b: Tensor, ends: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], b.shape[2]) if b.ndim == 3 else a.new_empty(len(ends), a.shape[0], b.shape[1])
+    return a.new_empty(_grouped_shape(a, b, ends))
+
+
+def _grouped_shape(a: Tensor, b: Tensor, ends: Tensor) -> tuple[int, ...]:
+    return (a.shape[0], b.shape[2]) if b.ndim == 3 else (len(ends), a.shape[0], b.shape[1])
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

@@ -70,12 +70,12 @@ class Router(OnTokens):
         """Scores (N, E) of logits."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, offset: Tensor | None) -> Routing:
-        """`offset` (E,) is added to the scores where experts are chosen."""
+    def forward(self, x: Tensor, offset: Tensor | None, given: Tensor | None = None) -> Routing:
+        """`offset` (E,) is added to the scores where experts are chosen; `given` (N, k) are those that are."""
         logits = self.logits(x)
         scores = self.scores(logits)
         selection = scores.detach() if offset is None else scores.detach() + offset
-        experts = self.groups(selection).topk(self.top_k, dim=-1).indices
+        experts = self.groups(selection).topk(self.top_k, dim=-1).indices if given is None else given
         weights = self.weigh(scores.gather(-1, experts))
         return Routing(experts, weights * self.scale, scores, logits)
 
