@@ -261,7 +261,12 @@ def _scratch_on_cpu(func: Any, args: Any, op: Op | None, result: Any) -> Iterato
         operands = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim and arg.is_floating_point()]
         common = reduce(torch.promote_types, [operand.dtype for operand in operands], torch.bfloat16)
         yield from (arg.numel() * common.itemsize for arg in operands if arg.dtype != common)
-    elif op is not None and op.kind == "matmul" and op.dtype == torch.bfloat16 and not native_bf16(torch.device("cpu")):
+    elif (
+        op is not None
+        and op.name in ("mm", "addmm", "bmm")
+        and op.dtype == torch.bfloat16
+        and not native_bf16(torch.device("cpu"))
+    ):
         yield 4 * result.numel()
 
 
