@@ -32,11 +32,14 @@ from titan_lite.checkpoint.folder import find_checkpoint
 from titan_lite.config.load import job_from_dict
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.importer import write_step_zero
+from titan_lite.hf.source import Place
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_to_hf.py"
 VOCAB, DIM, HIDDEN = 64_000, 2048, 8192
 LAYER = 4 * DIM * DIM + 3 * DIM * HIDDEN
 """Parameters of a layer, nearly."""
+TINY = 32
+"""Width of the model with hardly any."""
 
 
 class Random:
@@ -52,19 +55,26 @@ class Random:
         size = rows * math.prod(shape[1:])
         return self.values.repeat(-(-size // len(self.values)))[:size].view(rows, *shape[1:])
 
+    def place(self, name: str) -> Place | None:
+        return None
 
-def make_checkpoint(folder: Path, gigabytes: float) -> Path:
-    """A step folder of about this size."""
-    n_layers = max(1, round((gigabytes * 1e9 / 4 - 2 * VOCAB * DIM) / LAYER))
+
+def layers_for(gigabytes: float) -> int:
+    """Layers of a model of about this size."""
+    return max(1, round((gigabytes * 1e9 / 4 - 2 * VOCAB * DIM) / LAYER))
+
+
+def make_checkpoint(folder: Path, n_layers: int, dim: int = DIM, hidden: int = HIDDEN) -> Path:
+    """A step folder."""
     tables = {
-        "dim": DIM,
+        "dim": dim,
         "n_layers": n_layers,
         "vocab_size": VOCAB,
         "attention": {"n_heads": 16},
-        "ffn": {"hidden": HIDDEN},
+        "ffn": {"hidden": hidden},
     }
     job = job_from_dict({"model": tables})
-    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint").mkdir(parents=True)
     shape = Shape.of(job.model, VOCAB, job.training.seq_len)
     fingerprint = job.tokenizer.build().fingerprint()
     write_step_zero(folder / "checkpoint" / "step-0", Random(dict(shape.meta)), job, fingerprint, "llama")
@@ -80,14 +90,6 @@ def convert(step: Path, out: Path, options: list[str]) -> tuple[float, float, in
     if process.returncode:
         raise SystemExit(f"the conversion failed with exit code {process.returncode}")
     return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
-
-
-def idle_seconds() -> float:
-    """What a conversion's process takes before it reads a byte: imports."""
-    began = time.perf_counter()
-    code = "import titan_lite.hf.export, titan_lite.hf.modelling"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parents[1])
-    return time.perf_counter() - began
 
 
 def copy(step: Path, out: Path) -> tuple[float, float]:
@@ -117,11 +119,12 @@ def main() -> None:
     options += ["--dtype", arguments.dtype] if arguments.dtype else []
     base = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        step = make_checkpoint(base, arguments.gigabytes)
+        n_layers = layers_for(arguments.gigabytes)
+        step = make_checkpoint(base / "run", n_layers)
+        tiny = make_checkpoint(base / "tiny", n_layers, TINY, TINY)
         size = sum(file.stat().st_size for file in step.iterdir())
         print(f"checkpoint of {size / 1e9:.2f} GB, files of at most {arguments.max_shard_size}")
-        idle = statistics.median(idle_seconds() for _ in range(2))
-        converted, copied, peaks, cpu = [], [], [], []
+        converted, copied, idle, peaks, cpu = [], [], [], [], []
         largest = 0
         for number in range(arguments.rounds):
             seconds, work, peak = convert(step, base / "hf", options)
@@ -129,18 +132,22 @@ def main() -> None:
             shutil.rmtree(base / "hf")
             plain, plain_work = copy(step, base / "copy")
             shutil.rmtree(base / "copy")
-            print(f"round {number + 1}: conversion {seconds:.2f} s, copy {plain:.2f} s, peak {peak / 2**30:.2f} GiB")
-            converted.append(seconds - idle)
+            without, without_work, _ = convert(tiny, base / "hf", options)
+            shutil.rmtree(base / "hf")
+            told = f"conversion {seconds:.2f} s, of {without:.2f} without weights, copy {plain:.2f} s"
+            print(f"round {number + 1}: {told}, peak {peak / 2**30:.2f} GiB")
+            converted.append(seconds - without)
             copied.append(plain)
-            cpu.append((work, plain_work))
+            idle.append(without)
+            cpu.append((work - without_work, plain_work))
             peaks.append(peak)
         bound = 1.5 * largest + 2**30
         ratio = statistics.median(b / a for a, b in zip(converted, copied, strict=True))
         print(f"peak resident {max(peaks) / 2**30:.2f} GiB; bound {bound / 2**30:.2f} GiB")
-        print(f"seconds: conversion {spread(converted)} beyond {idle:.2f} of imports; copy {spread(copied)}")
+        print(f"seconds: conversion {spread(converted)} beyond {spread(idle)}; copy {spread(copied)}")
         print(f"speed {ratio:.2f} of a copy")
         both = [spread([pair[i] for pair in cpu]) for i in (0, 1)]
-        print(f"CPU seconds: conversion {both[0]}, imports included; copy {both[1]}")
+        print(f"CPU seconds: conversion {both[0]} beyond; copy {both[1]}")
         if max(peaks) > bound:
             raise SystemExit("the conversion took more memory than it may")
     finally:

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 
 from titan_lite.checkpoint.compare import tensor_problems, unexpected
 from titan_lite.checkpoint.folder import find_checkpoint, free_bytes, show_bytes, sync_folder
-from titan_lite.checkpoint.manifest import Manifest
-from titan_lite.checkpoint.restore import read_index, read_train_state, verified_manifest
-from titan_lite.checkpoint.world import Alone
-from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError
+from titan_lite.checkpoint.manifest import Manifest, read_manifest
+from titan_lite.checkpoint.manifest import verify as verify_files
+from titan_lite.checkpoint.restore import read_index, read_train_state
+from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError, Problem
 from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.hf.background import meanwhile
 from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
@@ -61,6 +63,8 @@ class Pieces:
     """What training put before each document."""
     shape: Shape
     tensors: StepTensors
+    damage: Future[list[Problem]]
+    """What is wrong with its files, once they have been hashed."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,8 @@ def export(
         with quiet_transformers():
             write_configs(folder, opened, target, chosen)
         written = write_shards(folder, target.tensors, chosen, shard_size)
+        if damage := opened.damage.result():
+            raise ConfigError(damage)
         compared = compare(folder, opened, target) if verified else None
         report = describe(opened, target, chosen, written, compared)
         text = json.dumps(report, indent=2) + "\n"
@@ -126,9 +132,10 @@ def needs_transformers() -> None:
 
 
 def open_checkpoint(path: Path) -> Pieces:
-    """The newest checkpoint at a path, its files verified and its tensors compared with its config."""
+    """The newest checkpoint at a path, its tensors compared with its config. Its files are being verified."""
     folder = find_checkpoint(path)
-    manifest = verified_manifest(folder, Alone())
+    manifest = read_manifest(folder)
+    damage = meanwhile(verify_files, folder, manifest)
     index = read_index(folder, manifest)
     job = job_from_toml(manifest.config, folder)
     tokenizer: Tokenizer = job.tokenizer.build()
@@ -143,7 +150,7 @@ def open_checkpoint(path: Path) -> Pieces:
         raise ConfigError(problems)
     begin = Framing.of(tokenizer, job.data.bos).bos_id
     state = read_train_state(folder)
-    return Pieces(folder, manifest, state, job, tokenizer, begin, shape, StepTensors(folder, index))
+    return Pieces(folder, manifest, state, job, tokenizer, begin, shape, StepTensors(folder, index), damage)
 
 
 def choose_target(opened: Pieces) -> Target:

@@ -16,7 +16,7 @@ from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
 from titan_lite.hf.rule import Rule, Tensors, Transform
-from titan_lite.hf.source import Image, Meta, Source
+from titan_lite.hf.source import Image, Meta, Place, Source
 from titan_lite.hf.stored import FolderTensors, read_json
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
@@ -150,6 +150,9 @@ class Prefixed:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.files.read(self._names[name], start, stop)
+
+    def place(self, name: str) -> Place | None:
+        return self.files.place(self._names[name])
 
 
 def _misfits(
