@@ -31,6 +31,7 @@ from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.loaded import Subject
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import Written, common_dtype, write_bytes, write_shards, write_text
 from titan_lite.hf.source import Image, Source
@@ -83,12 +84,18 @@ class Target:
 
 
 def export(
-    checkpoint: Path, out: Path, dtype: str = "", verified: bool = True, shard_size: int = SHARD_SIZE
+    checkpoint: Path,
+    out: Path,
+    dtype: str = "",
+    verified: bool = True,
+    shard_size: int = SHARD_SIZE,
+    method: str = "",
 ) -> dict[str, Any]:
     """Makes the folder `out` of a checkpoint and returns what `conversion_report.json` says.
 
-    `dtype` is that of the checkpoint's weights by default. ConfigError for bad input; ConversionError where the result
-    is not the model, or the disk has no room. There is no folder `out` then.
+    `dtype` is that of the checkpoint's weights by default; `method` is how it is verified (`verify.METHODS`).
+    ConfigError for bad input; ConversionError where the result is not the model, or the disk has no room. There is no
+    folder `out` then.
     """
     if os.path.lexists(out):
         raise ConfigError.at(str(out), "exists already, and nothing is overwritten", allowed="a new folder")
@@ -104,7 +111,7 @@ def export(
         written = write_shards(folder, target.tensors, chosen, shard_size)
         if damage := opened.damage.result():
             raise ConfigError(damage)
-        compared = compare(folder, opened, target) if verified else None
+        compared = compare(folder, opened, target, method) if verified else None
         report = describe(opened, target, chosen, written, compared)
         text = json.dumps(report, indent=2) + "\n"
         if compared is not None and compared.problems:
@@ -249,13 +256,12 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
 
 
-def compare(folder: Path, opened: Pieces, target: Target) -> Comparison:
+def compare(folder: Path, opened: Pieces, target: Target, method: str) -> Comparison:
     """Loads the folder again and compares. ConversionError where transformers cannot load it."""
     try:
         with quiet_transformers():
-            return verify(
-                folder, opened.shape, opened.tensors, target.loaded, opened.tokenizer, opened.begin, target.exact
-            )
+            subject = Subject(folder, opened.shape, opened.tensors, target.loaded)
+            return verify(subject, opened.tokenizer, opened.begin, target.exact, method)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"transformers cannot use the folder: {error}") from error
 
