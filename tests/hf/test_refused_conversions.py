@@ -117,6 +117,39 @@ def cut_config(folder: Path) -> None:
     path.write_text(path.read_text()[:50])
 
 
+def not_a_number(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[sorted(tensors)[0]].view(-1)[3] = float("nan")
+
+    changed(folder, change)
+
+
+def in_float8(folder: Path) -> None:
+    changed(folder, lambda tensors: tensors.update({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}))
+
+
+def whole_numbers(folder: Path) -> None:
+    changed(folder, lambda tensors: tensors.update({n: t.to(torch.int32) for n, t in tensors.items()}))
+
+
+def one_too_many(folder: Path) -> None:
+    (name,) = [file.name for file in folder.glob(f"{FILE}*")]
+    changed(folder, lambda tensors: tensors.update({"model.layers.0.mlp.surplus": torch.zeros(2)}))
+    index = folder / "model.safetensors.index.json"
+    edit(index, lambda table: table["weight_map"].update({"model.layers.0.mlp.surplus": name}))
+
+
+def outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    edit(index, lambda table: table["weight_map"].update({"lm_head.weight": f"../{second(folder).name}"}))
+
+
+def a_folder_as_file(folder: Path) -> None:
+    path = second(folder)
+    path.unlink()
+    path.mkdir()
+
+
 def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -136,7 +169,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         r'config.json\n.*"bert" is not known here\n.*allowed: .*llama',
     ),
     "no config": (cut_config, r"config.json\n.*is not valid JSON"),
-    "quantized": (config_key(quantization_config={"bits": 4}), r"config.json\n.*is quantized"),
+    "quantized": (
+        config_key(quantization_config={"bits": 4}),
+        r"config.json\n.*is quantized in a way that is not read",
+    ),
+    "blocks of no size": (
+        config_key(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 128]}),
+        r"config.json\n.*is quantized in a way that is not read",
+    ),
+    "no numbers": (not_a_number, rf"{FILE}.*\n.*model\.\S+ holds values that are no finite numbers"),
+    "float8 that config.json is silent of": (
+        in_float8,
+        r"are in no floating-point type of a model:\n.*model\.\S+: torch.float8_e4m3fn",
+    ),
+    "whole numbers": (whole_numbers, r"in no floating-point type of a model:\n.*model\.\S+: torch.int32"),
+    "a tensor too many": (one_too_many, r"has 1 tensors that its model does not:\n *model\.layers\.0\.mlp\.surplus"),
+    "a file elsewhere": (outside, r'lm_head.weight in "?.?\.\./model\S+, which is no safetensors file of this folder'),
+    "a folder for a file": (a_folder_as_file, rf"{FILE}.*\n.*cannot be read: Is a directory"),
     "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
     "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
     "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),
@@ -163,6 +212,20 @@ def test_a_damaged_checkpoint_is_refused(dump: Path, tmp_path: Path, capsys: pyt
         convert_to_hf.main([str(step), str(tmp_path / "out")])
     assert "shard-00000.safetensors" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-7"]
+
+
+def test_what_no_float16_can_be_is_refused(tmp_path: Path) -> None:
+    dump = save_random(tmp_path / "run", model_tables("llama3"), std=1e5)
+    with pytest.raises(ConfigError, match=r"model\.\S+\n.*has values that no float16 can be"):
+        export(dump, tmp_path / "out", dtype="float16", verified=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_numbers_is_refused(tmp_path: Path) -> None:
+    dump = save_random(tmp_path / "run", model_tables("llama3"), std=float("nan"))
+    with pytest.raises(ConversionError, match=r"embedding.weight of the checkpoint holds values that are no finite"):
+        export(dump, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(dump: Path, good: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.shard import DTYPE_CODES, as_bytes, nbytes
+from titan_lite.config.errors import ConfigError
 from titan_lite.hf.growing_file import GrowingFile
 from titan_lite.hf.source import Source, pieces
 from titan_lite.hf.stored import INDEX, ONE_FILE
@@ -103,7 +104,11 @@ def _append(file: GrowingFile, source: Source, name: str, dtype: torch.dtype) ->
         file.copy(place)
         return
     for start, stop in pieces(source.meta[name]):
-        file.write(as_bytes(source.read(name, start, stop).to(dtype).contiguous()))
+        values = source.read(name, start, stop)
+        typed = values.to(dtype).contiguous()
+        if typed.dtype != values.dtype and not typed.isfinite().all():
+            raise ConfigError.at(name, f"has values that no {str(dtype).removeprefix('torch.')} can be")
+        file.write(as_bytes(typed))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -94,6 +94,9 @@ class FolderTensors:
                 read_block(file, place.start, place.shape, place.dtype, region, target)
         except OSError as error:
             raise damaged(place.path, f"{name} cannot be read: {error.strerror}") from None
+        wide = target.float() if place.dtype.itemsize == 1 else target
+        if place.dtype.is_floating_point and not wide.isfinite().all():
+            raise damaged(place.path, f"{name} holds values that are no finite numbers")
         return target
 
     def place(self, name: str) -> Place | None:

@@ -105,6 +105,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
     if not difference <= tolerance:  # also where it is not a number
         where = next((f"; block {i} is the first that differs" for i, d in enumerate(blocks) if not d <= tolerance), "")
         problems.append(f"logits differ by up to {difference:.3g}, where {tolerance:.0e} is allowed{where}")
+        problems += _not_finite(subject)
     return Comparison(
         method=loading.name,
         memory_needed=needed,
@@ -158,6 +159,14 @@ def _look(model: nn.Module, logits: Callable[[Tensor], Tensor], prompts: Tensor)
 def _block_differences(wanted: Seen, found: Seen) -> tuple[float, ...]:
     pairs = zip(wanted.blocks, found.blocks, strict=True)
     return tuple(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+def _not_finite(subject: Subject) -> Iterator[str]:
+    """The first tensor that holds no numbers, which all others may have been made of."""
+    for name, meta in subject.ours.meta.items():
+        if meta.is_floating_point() and not subject.ours.read(name).isfinite().all():
+            yield f"{name} of the checkpoint holds values that are no finite numbers"
+            return
 
 
 def _continued(model: Transformer, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
