@@ -86,7 +86,7 @@ def test_pieces_of_a_matrix_have_their_own_factors(published: tuple[Path, dict[s
     folder, wanted = published
     source = stored_weights(folder, BLOCK)
     for name, matrix in wanted.items():
-        for start, stop in ((0, 1), (7, 60), (47, 49)):
+        for start, stop in ((0, 1), (7, 60), (23, 49)):
             assert torch.equal(source.read(name, start, min(stop, len(matrix))), matrix[start:stop])
 
 

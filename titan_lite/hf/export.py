@@ -40,13 +40,14 @@ from titan_lite.hf.tokenizer_files import tokenizer_files
 from titan_lite.hf.verify import Comparison, quiet_transformers, tokenizer_problems, verify
 from titan_lite.job import Job
 from titan_lite.models.transformer import vocab_size_for
-from titan_lite.parallel.precision import DTYPES
 
 REPORT: Final = "conversion_report.json"
 OWN: Final = "titan_lite"
 MODEL_TYPE: Final = "model_type"
 """Key in the train state of an imported model: what it was, of several architectures that it could be."""
 OWN_CLASS: Final = "TitanLiteForCausalLM"
+TYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights can be given."""
 SHARD_SIZE: Final = 5 * 10**9
 """Bytes of a weights file at most."""
 
@@ -103,7 +104,7 @@ def export(
     opened = open_checkpoint(checkpoint)
     target = choose_target(opened)
     kept = common_dtype(list(target.tensors.meta.values()))
-    chosen = DTYPES[dtype] if dtype else kept
+    chosen = TYPES[dtype] if dtype else kept
     with beside(out) as folder:
         check_room(folder, target.tensors, chosen)
         with quiet_transformers():

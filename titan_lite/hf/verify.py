@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from titan_lite.config.errors import ConfigError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.generation import Sampling, generate
 from titan_lite.hf.folds import Shape
@@ -71,7 +72,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
     """Compares a folder with the model it was made of, one of both in memory at a time.
 
     `exact` says that its weights were only moved. `method` is a name in METHODS; by default the whole model where
-    there is memory for it.
+    there is memory for it. ConfigError where the checkpoint's logits are no numbers.
     """
     tolerance = EXACT if exact else FOLDED
     needed = 4 * subject.parameters + HEADROOM
@@ -85,6 +86,8 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
     with quiet_transformers(), torch.no_grad():
         reference = loading.ours(subject)
         wanted = _look(reference, reference, prompts)
+        if not wanted.logits.isfinite().all():
+            raise _not_finite(subject)
         ours = [_continued(reference, start, count, tokenizer) for start in starts]
         del reference
         loaded = loading.theirs(subject)
@@ -105,7 +108,6 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
     if not difference <= tolerance:  # also where it is not a number
         where = next((f"; block {i} is the first that differs" for i, d in enumerate(blocks) if not d <= tolerance), "")
         problems.append(f"logits differ by up to {difference:.3g}, where {tolerance:.0e} is allowed{where}")
-        problems += _not_finite(subject)
     return Comparison(
         method=loading.name,
         memory_needed=needed,
@@ -161,12 +163,12 @@ def _block_differences(wanted: Seen, found: Seen) -> tuple[float, ...]:
     return tuple(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
 
 
-def _not_finite(subject: Subject) -> Iterator[str]:
-    """The first tensor that holds no numbers, which all others may have been made of."""
+def _not_finite(subject: Subject) -> ConfigError:
+    """What is wrong with a checkpoint that computes no numbers."""
     for name, meta in subject.ours.meta.items():
         if meta.is_floating_point() and not subject.ours.read(name).isfinite().all():
-            yield f"{name} of the checkpoint holds values that are no finite numbers"
-            return
+            return ConfigError.at(f"model.{name}", "holds values that are no finite numbers")
+    return ConfigError.at("model", "the checkpoint's logits are no finite numbers")
 
 
 def _continued(model: Transformer, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
