@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -258,6 +261,39 @@ def test_a_wrong_conversion_leaves_no_folder(
     assert json.loads(left.read_text())["verified"]["max_logit_difference"] > 1e-4
     assert convert_to_hf.main([str(dump), str(tmp_path / "out")]) == 1
     assert "was not made" in capsys.readouterr().err
+
+
+def test_what_a_killed_conversion_left_is_removed(dump: Path, tmp_path: Path) -> None:
+    left, held, other = (tmp_path / f".{name}" for name in ("out.tmp-0", "out.tmp-1", "another.tmp-0"))
+    for folder in (left, held, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x")
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as by a conversion that is running
+    export(dump, tmp_path / "out", verified=False)
+    os.close(lock)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".another.tmp-0", ".out.tmp-1", "out"]
+
+
+def test_a_full_disk_is_told_before_weights_are_written(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titan_lite.hf.export.free_bytes", lambda path: 2**20)
+    with pytest.raises(ConversionError, match=r"has 1.0 MiB left, and the weights need \S+ MiB"):
+        export(dump, tmp_path / "out", verified=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_meanwhile(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for call in ("sendfile", "fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"titan_lite.hf.growing_file.os.{call}", full)
+            with pytest.raises(ConversionError, match=r"was not made: .*No space left on device"):
+                export(dump, tmp_path / "out", verified=False)
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_scripts_end_with_their_codes(

@@ -5,12 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,6 +23,7 @@ from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.background import meanwhile
+from titan_lite.hf.beside import beside
 from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
@@ -201,23 +198,6 @@ def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
             write_bytes(folder / file, content)
         with quiet_transformers():
             return not any(tokenizer_problems(folder, opened.tokenizer, opened.begin))
-
-
-@contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` under a temporary name, which is removed unless it was renamed."""
-    folder = out.absolute().with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise ConfigError.at(str(out), f"cannot be made: {error.strerror}") from None
-    try:
-        yield folder
-    except OSError as error:
-        raise ConversionError(f"{out} was not made: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_room(folder: Path, tensors: Source, dtype: torch.dtype) -> None:

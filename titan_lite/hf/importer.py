@@ -22,7 +22,8 @@ from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict, to_toml
 from titan_lite.config.toml import toml_text
 from titan_lite.data.tokenizer import Tokenizer
-from titan_lite.hf.export import MODEL_TYPE, beside, check_room, needs_transformers
+from titan_lite.hf.beside import beside
+from titan_lite.hf.export import MODEL_TYPE, check_room, needs_transformers
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.read import Folder, open_folder, our_tensors
