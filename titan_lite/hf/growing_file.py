@@ -60,7 +60,7 @@ class GrowingFile:
 
     def _grown(self, size: int) -> None:
         self._waiting += size
-        if self._waiting >= FLUSH:
+        if self._waiting >= FLUSH and (self._flush is None or self._flush.done()):
             self._flushed()
             self._waiting, self._flush = 0, meanwhile(os.fdatasync, self._fd)
 
