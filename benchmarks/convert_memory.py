@@ -2,10 +2,11 @@
 
     python benchmarks/convert_memory.py [--gigabytes 4] [--max-shard-size 500MB] [--dtype bfloat16] [--rounds 3]
 
-The checkpoint is a Llama in float32, written piece by piece. Each conversion is a process of its own, run with
---no-verify (a comparison holds both models), whose peak is what the system counted as resident. The bound is 1.5 times
-the largest file plus 1 GiB. A plain copy reads and writes the checkpoint's bytes and makes them durable, as a
-conversion does; the two alternate within a round.
+The checkpoint is a Llama in float32, written piece by piece. One conversion is a process of its own, run with
+--no-verify (a comparison holds a model), whose peak is what the system counted as resident. The bound is 1.5 times the
+largest file plus 1 GiB. For the speed, conversions in this process take turns with plain copies, which read and write
+the checkpoint's bytes and make them durable as a conversion does, and with conversions of a model of that vocabulary
+with hardly any weights, which is what configs and tokenizer take.
 """
 
 from __future__ import annotations
@@ -30,13 +31,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measure import machine, spread
 from titan_lite.checkpoint.folder import find_checkpoint
 from titan_lite.config.load import job_from_dict
+from titan_lite.hf.export import export
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.importer import write_step_zero
+from titan_lite.hf.shards import parse_size
+from titan_lite.hf.source import Place
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "convert_to_hf.py"
 VOCAB, DIM, HIDDEN = 64_000, 2048, 8192
 LAYER = 4 * DIM * DIM + 3 * DIM * HIDDEN
 """Parameters of a layer, nearly."""
+TINY = 32
+"""Width of the model with hardly any."""
 
 
 class Random:
@@ -52,42 +58,52 @@ class Random:
         size = rows * math.prod(shape[1:])
         return self.values.repeat(-(-size // len(self.values)))[:size].view(rows, *shape[1:])
 
+    def place(self, name: str) -> Place | None:
+        return None
 
-def make_checkpoint(folder: Path, gigabytes: float) -> Path:
-    """A step folder of about this size."""
-    n_layers = max(1, round((gigabytes * 1e9 / 4 - 2 * VOCAB * DIM) / LAYER))
+
+def layers_for(gigabytes: float) -> int:
+    """Layers of a model of about this size."""
+    return max(1, round((gigabytes * 1e9 / 4 - 2 * VOCAB * DIM) / LAYER))
+
+
+def make_checkpoint(folder: Path, n_layers: int, dim: int = DIM, hidden: int = HIDDEN) -> Path:
+    """A step folder."""
     tables = {
-        "dim": DIM,
+        "dim": dim,
         "n_layers": n_layers,
         "vocab_size": VOCAB,
         "attention": {"n_heads": 16},
-        "ffn": {"hidden": HIDDEN},
+        "ffn": {"hidden": hidden},
     }
     job = job_from_dict({"model": tables})
-    (folder / "checkpoint").mkdir()
+    (folder / "checkpoint").mkdir(parents=True)
     shape = Shape.of(job.model, VOCAB, job.training.seq_len)
     fingerprint = job.tokenizer.build().fingerprint()
     write_step_zero(folder / "checkpoint" / "step-0", Random(dict(shape.meta)), job, fingerprint, "llama")
     return find_checkpoint(folder)
 
 
-def convert(step: Path, out: Path, options: list[str]) -> tuple[float, float, int]:
-    """Seconds, CPU seconds and peak resident bytes of one conversion."""
-    began = time.perf_counter()
+def peak_memory(step: Path, out: Path, options: list[str]) -> int:
+    """Peak resident bytes of one conversion in a process of its own."""
     process = subprocess.Popen([sys.executable, str(SCRIPT), str(step), str(out), "--no-verify", *options])
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"the conversion failed with exit code {process.returncode}")
-    return time.perf_counter() - began, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
+    return usage.ru_maxrss * 1024
 
 
-def idle_seconds() -> float:
-    """What a conversion's process takes before it reads a byte: imports."""
+def convert(step: Path, out: Path, dtype: str, shard_size: int) -> tuple[float, float]:
+    """Seconds and CPU seconds of one conversion in this process."""
+    before = resource.getrusage(resource.RUSAGE_SELF)
     began = time.perf_counter()
-    code = "import titan_lite.hf.export, titan_lite.hf.modelling"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=SCRIPT.parents[1])
-    return time.perf_counter() - began
+    export(step, out, dtype, verified=False, shard_size=shard_size)
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = time.perf_counter() - began
+    shutil.rmtree(out)
+    return seconds, cpu
 
 
 def copy(step: Path, out: Path) -> tuple[float, float]:
@@ -117,32 +133,33 @@ def main() -> None:
     options += ["--dtype", arguments.dtype] if arguments.dtype else []
     base = Path(tempfile.mkdtemp(dir=arguments.folder))
     try:
-        step = make_checkpoint(base, arguments.gigabytes)
+        n_layers = layers_for(arguments.gigabytes)
+        step = make_checkpoint(base / "run", n_layers)
+        tiny = make_checkpoint(base / "tiny", n_layers, TINY, TINY)
         size = sum(file.stat().st_size for file in step.iterdir())
         print(f"checkpoint of {size / 1e9:.2f} GB, files of at most {arguments.max_shard_size}")
-        idle = statistics.median(idle_seconds() for _ in range(2))
-        converted, copied, peaks, cpu = [], [], [], []
-        largest = 0
+        peak = peak_memory(step, base / "hf", options)
+        bound = 1.5 * max(file.stat().st_size for file in (base / "hf").glob("*.safetensors")) + 2**30
+        shutil.rmtree(base / "hf")
+        print(f"peak resident {peak / 2**30:.2f} GiB; bound {bound / 2**30:.2f} GiB")
+        if peak > bound:
+            raise SystemExit("the conversion took more memory than it may")
+        given = arguments.dtype, parse_size(arguments.max_shard_size)
+        convert(tiny, base / "hf", *given)  # imports
+        converted, copied, cpu = [], [], []
         for number in range(arguments.rounds):
-            seconds, work, peak = convert(step, base / "hf", options)
-            largest = max(file.stat().st_size for file in (base / "hf").glob("*.safetensors"))
-            shutil.rmtree(base / "hf")
+            seconds, work = convert(step, base / "hf", *given)
             plain, plain_work = copy(step, base / "copy")
             shutil.rmtree(base / "copy")
-            print(f"round {number + 1}: conversion {seconds:.2f} s, copy {plain:.2f} s, peak {peak / 2**30:.2f} GiB")
-            converted.append(seconds - idle)
+            without, without_work = convert(tiny, base / "hf", *given)
+            print(f"round {number + 1}: conversion {seconds:.2f} s, {without:.2f} without weights, copy {plain:.2f} s")
+            converted.append(seconds - without)
             copied.append(plain)
-            cpu.append((work, plain_work))
-            peaks.append(peak)
-        bound = 1.5 * largest + 2**30
+            cpu.append((work - without_work, plain_work))
         ratio = statistics.median(b / a for a, b in zip(converted, copied, strict=True))
-        print(f"peak resident {max(peaks) / 2**30:.2f} GiB; bound {bound / 2**30:.2f} GiB")
-        print(f"seconds: conversion {spread(converted)} beyond {idle:.2f} of imports; copy {spread(copied)}")
-        print(f"speed {ratio:.2f} of a copy")
+        print(f"seconds: conversion {spread(converted)}, copy {spread(copied)}; speed {ratio:.2f} of a copy")
         both = [spread([pair[i] for pair in cpu]) for i in (0, 1)]
-        print(f"CPU seconds: conversion {both[0]}, imports included; copy {both[1]}")
-        if max(peaks) > bound:
-            raise SystemExit("the conversion took more memory than it may")
+        print(f"CPU seconds: conversion {both[0]}, copy {both[1]}")
     finally:
         shutil.rmtree(base)
 

@@ -28,7 +28,14 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
         "--dtype", choices=["float32", "bfloat16", "float16"], default="", help="of the weights (default: as they are)"
     )
     parser.add_argument("--max-shard-size", default="5GB", help="largest weights file (default: 5GB)")
-    parser.add_argument("--no-verify", action="store_true", help="do not load the result: for too small a machine")
+    verification = parser.add_mutually_exclusive_group()
+    verification.add_argument("--no-verify", action="store_true", help="do not load the result")
+    verification.add_argument(
+        "--verify",
+        choices=["whole", "by_block"],
+        default="",
+        help="load a model whole or block by block (default: whole where there is memory for it)",
+    )
     options = parser.parse_args(given)
     try:
         options.max_shard_size = parse_size(options.max_shard_size)
@@ -45,7 +52,10 @@ def main(given: list[str] | None = None) -> int:
     from titan_lite.hf.export import export
 
     try:
-        report = export(options.checkpoint, options.out, options.dtype, not options.no_verify, options.max_shard_size)
+        verified = not options.no_verify
+        report = export(
+            options.checkpoint, options.out, options.dtype, verified, options.max_shard_size, options.verify
+        )
     except ConversionError as error:
         print(error, file=sys.stderr)
         return 1

@@ -132,7 +132,7 @@ CASES: dict[str, tuple[str, Found]] = {
     ),
     "Hugging Face checkpoint": (
         "[checkpoint]\nenable = true\ninitial_load_in_hf_quantized = true",
-        [("E011", 3, "checkpoint.initial_load_in_hf_quantized")],
+        [("E005", 3, "checkpoint.initial_load_in_hf_quantized")],
     ),
     "not TOML": ("[training]\nsteps = = 3", [("E007", 2, "")]),
     "value missing at the end": ("[training]\n\nsteps =", [("E007", 3, "")]),

@@ -14,7 +14,7 @@ from tests.hf.checkpoints import save_random
 from tests.hf.test_export import model_tables, same_bits
 from titan_lite.hf.export import export
 from titan_lite.hf.importer import import_folder
-from titan_lite.hf.verify import load_theirs
+from titan_lite.hf.loaded import load_theirs
 
 NGPT: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "lr_scheduler": {"warmup_steps": 0}}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

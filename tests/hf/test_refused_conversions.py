@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -117,6 +120,39 @@ def cut_config(folder: Path) -> None:
     path.write_text(path.read_text()[:50])
 
 
+def not_a_number(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[sorted(tensors)[0]].view(-1)[3] = float("nan")
+
+    changed(folder, change)
+
+
+def in_float8(folder: Path) -> None:
+    changed(folder, lambda tensors: tensors.update({n: t.to(torch.float8_e4m3fn) for n, t in tensors.items()}))
+
+
+def whole_numbers(folder: Path) -> None:
+    changed(folder, lambda tensors: tensors.update({n: t.to(torch.int32) for n, t in tensors.items()}))
+
+
+def one_too_many(folder: Path) -> None:
+    (name,) = [file.name for file in folder.glob(f"{FILE}*")]
+    changed(folder, lambda tensors: tensors.update({"model.layers.0.mlp.surplus": torch.zeros(2)}))
+    index = folder / "model.safetensors.index.json"
+    edit(index, lambda table: table["weight_map"].update({"model.layers.0.mlp.surplus": name}))
+
+
+def outside(folder: Path) -> None:
+    index = folder / "model.safetensors.index.json"
+    edit(index, lambda table: table["weight_map"].update({"lm_head.weight": f"../{second(folder).name}"}))
+
+
+def a_folder_as_file(folder: Path) -> None:
+    path = second(folder)
+    path.unlink()
+    path.mkdir()
+
+
 def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
@@ -136,7 +172,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
         r'config.json\n.*"bert" is not known here\n.*allowed: .*llama',
     ),
     "no config": (cut_config, r"config.json\n.*is not valid JSON"),
-    "quantized": (config_key(quantization_config={"bits": 4}), r"config.json\n.*is quantized"),
+    "quantized": (
+        config_key(quantization_config={"bits": 4}),
+        r"config.json\n.*is quantized in a way that is not read",
+    ),
+    "blocks of no size": (
+        config_key(quantization_config={"quant_method": "fp8", "weight_block_size": [0, 128]}),
+        r"config.json\n.*is quantized in a way that is not read",
+    ),
+    "no numbers": (not_a_number, rf"{FILE}.*\n    lm_head.weight holds values that are no finite numbers"),
+    "float8 that config.json is silent of": (
+        in_float8,
+        r"are in no floating-point type of a model:\n *lm_head.weight: torch.float8_e4m3fn",
+    ),
+    "whole numbers": (whole_numbers, r"in no floating-point type of a model:\n *lm_head.weight: torch.int32"),
+    "a tensor too many": (one_too_many, r"has 1 tensors that its model does not:\n *model\.layers\.0\.mlp\.surplus"),
+    "a file elsewhere": (outside, r'lm_head.weight in "?.?\.\./model\S+, which is no safetensors file of this folder'),
+    "a folder for a file": (a_folder_as_file, rf"{FILE}.*\n.*cannot be read: Is a directory"),
     "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
     "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
     "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),
@@ -163,6 +215,20 @@ def test_a_damaged_checkpoint_is_refused(dump: Path, tmp_path: Path, capsys: pyt
         convert_to_hf.main([str(step), str(tmp_path / "out")])
     assert "shard-00000.safetensors" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-7"]
+
+
+def test_what_no_float16_can_be_is_refused(tmp_path: Path) -> None:
+    dump = save_random(tmp_path / "run", model_tables("llama3"), std=1e5)
+    with pytest.raises(ConfigError, match=r"model\.\S+\n.*has values that no float16 can be"):
+        export(dump, tmp_path / "out", dtype="float16", verified=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_without_numbers_is_refused(tmp_path: Path) -> None:
+    dump = save_random(tmp_path / "run", model_tables("llama3"), std=float("nan"))
+    with pytest.raises(ConfigError, match=r"model.embedding.weight\n    holds values that are no finite numbers"):
+        export(dump, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_is_overwritten(dump: Path, good: Path, tmp_path: Path) -> None:
@@ -195,6 +261,37 @@ def test_a_wrong_conversion_leaves_no_folder(
     assert json.loads(left.read_text())["verified"]["max_logit_difference"] > 1e-4
     assert convert_to_hf.main([str(dump), str(tmp_path / "out")]) == 1
     assert "was not made" in capsys.readouterr().err
+
+
+def test_what_a_killed_conversion_left_is_removed(dump: Path, tmp_path: Path) -> None:
+    left, held, other = (tmp_path / f".{name}" for name in ("out.tmp-0", "out.tmp-1", "another.tmp-0"))
+    for folder in (left, held, other):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x")
+    lock = os.open(held, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # as by a conversion that is running
+    export(dump, tmp_path / "out", verified=False)
+    os.close(lock)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".another.tmp-0", ".out.tmp-1", "out"]
+
+
+def test_a_full_disk_is_told_before_weights_are_written(
+    dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("titan_lite.hf.export.free_bytes", lambda path: 2**20)
+    with pytest.raises(ConversionError, match=r"has 1.0 MiB left, and the weights need \S+ MiB"):
+        export(dump, tmp_path / "out", verified=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fails_meanwhile(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "sendfile", full)
+    with pytest.raises(ConversionError, match=r"was not made: .*No space left on device"):
+        export(dump, tmp_path / "out", verified=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scripts_end_with_their_codes(

@@ -20,7 +20,7 @@ from titan_lite.generation import Sampling, generate
 from titan_lite.hf.export import export
 from titan_lite.hf.fill import fill, opened
 from titan_lite.hf.importer import import_folder
-from titan_lite.hf.verify import load_theirs
+from titan_lite.hf.loaded import load_theirs
 from titan_lite.models.transformer import Transformer
 from titan_lite.pretrained import load_pretrained
 

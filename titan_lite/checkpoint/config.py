@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from titan_lite.config.component import ConfigBase
-from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, NOT_AVAILABLE, NOT_HERE, Problem
+from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, NOT_HERE, Problem
 from titan_lite.config.fields import Count, InnerFolder, PositiveInt, Strings
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Checkpoint(ConfigBase):
     """initial_load_path is a Hugging Face folder (config.json and safetensors) of this very model; its weights are
     taken over, its tokenizer is not looked at."""
     initial_load_in_hf_quantized: bool = False
-    """That folder holds quantized weights. Not available."""
+    """That folder has to hold weights in float8 with factors of blocks (DeepSeek-V3's), which are recognised anyway."""
     last_save_model_only: bool = False
     """Save only the weights at the last step (such a run cannot be trained further)."""
     last_save_in_hf: bool = False
@@ -69,9 +69,6 @@ class Checkpoint(ConfigBase):
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
         if not self.enable:
             return
-        if self.initial_load_in_hf_quantized:
-            why = "is not available: weights are read only in floating-point types"
-            yield Problem(NOT_AVAILABLE, ".initial_load_in_hf_quantized", why, True, "false")
         yield from self._hf_problems()
         if self.initial_load_path and not Path(os.path.expanduser(self.initial_load_path)).exists():
             yield Problem(FILE_MISSING, ".initial_load_path", "does not exist", self.initial_load_path)
@@ -82,6 +79,9 @@ class Checkpoint(ConfigBase):
                 why = "needs the package transformers"
                 yield Problem(NOT_HERE, f".{key}", why, True, "false, or titan_lite with its extra `hf`")
         if not self.initial_load_in_hf:
+            if self.initial_load_in_hf_quantized:
+                why = "is set, but checkpoint.initial_load_in_hf is not"
+                yield Problem(CROSS_FIELD, ".initial_load_in_hf_quantized", why, True, "false")
             return
         if not self.initial_load_path:
             why = "is set, but checkpoint.initial_load_path names no folder"

@@ -170,7 +170,8 @@ class CheckpointManager:
 
         parts = self._excluded(start, list(tensors))
         with agreed(self.world):
-            source = opened(start.folder, job_from_toml(self.facts.config, start.folder).model)
+            model = job_from_toml(self.facts.config, start.folder).model
+            source = opened(start.folder, model, self.config.initial_load_in_hf_quantized)
         with agreed(self.world):
             fill(source, {name: tensor for name, tensor in tensors.items() if not selects(parts, name)})
 

@@ -5,11 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,17 +15,20 @@ import torch
 
 from titan_lite.checkpoint.compare import tensor_problems, unexpected
 from titan_lite.checkpoint.folder import find_checkpoint, free_bytes, show_bytes, sync_folder
-from titan_lite.checkpoint.manifest import Manifest
-from titan_lite.checkpoint.restore import read_index, read_train_state, verified_manifest
-from titan_lite.checkpoint.world import Alone
-from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError
+from titan_lite.checkpoint.manifest import Manifest, read_manifest
+from titan_lite.checkpoint.manifest import verify as verify_files
+from titan_lite.checkpoint.restore import read_index, read_train_state
+from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError, Problem
 from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.hf.background import meanwhile
+from titan_lite.hf.beside import beside
 from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.loaded import Subject
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import Written, common_dtype, write_bytes, write_shards, write_text
 from titan_lite.hf.source import Image, Source
@@ -37,13 +37,14 @@ from titan_lite.hf.tokenizer_files import tokenizer_files
 from titan_lite.hf.verify import Comparison, quiet_transformers, tokenizer_problems, verify
 from titan_lite.job import Job
 from titan_lite.models.transformer import vocab_size_for
-from titan_lite.parallel.precision import DTYPES
 
 REPORT: Final = "conversion_report.json"
 OWN: Final = "titan_lite"
 MODEL_TYPE: Final = "model_type"
 """Key in the train state of an imported model: what it was, of several architectures that it could be."""
 OWN_CLASS: Final = "TitanLiteForCausalLM"
+TYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Types that weights can be given."""
 SHARD_SIZE: Final = 5 * 10**9
 """Bytes of a weights file at most."""
 
@@ -61,6 +62,8 @@ class Pieces:
     """What training put before each document."""
     shape: Shape
     tensors: StepTensors
+    damage: Future[list[Problem]]
+    """What is wrong with its files, once they have been hashed."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,18 @@ class Target:
 
 
 def export(
-    checkpoint: Path, out: Path, dtype: str = "", verified: bool = True, shard_size: int = SHARD_SIZE
+    checkpoint: Path,
+    out: Path,
+    dtype: str = "",
+    verified: bool = True,
+    shard_size: int = SHARD_SIZE,
+    method: str = "",
 ) -> dict[str, Any]:
     """Makes the folder `out` of a checkpoint and returns what `conversion_report.json` says.
 
-    `dtype` is that of the checkpoint's weights by default. ConfigError for bad input; ConversionError where the result
-    is not the model, or the disk has no room. There is no folder `out` then.
+    `dtype` is that of the checkpoint's weights by default; `method` is how it is verified (`verify.METHODS`).
+    ConfigError for bad input; ConversionError where the result is not the model, or the disk has no room. There is no
+    folder `out` then.
     """
     if os.path.lexists(out):
         raise ConfigError.at(str(out), "exists already, and nothing is overwritten", allowed="a new folder")
@@ -92,13 +101,15 @@ def export(
     opened = open_checkpoint(checkpoint)
     target = choose_target(opened)
     kept = common_dtype(list(target.tensors.meta.values()))
-    chosen = DTYPES[dtype] if dtype else kept
+    chosen = TYPES[dtype] if dtype else kept
     with beside(out) as folder:
         check_room(folder, target.tensors, chosen)
         with quiet_transformers():
             write_configs(folder, opened, target, chosen)
         written = write_shards(folder, target.tensors, chosen, shard_size)
-        compared = compare(folder, opened, target) if verified else None
+        if damage := opened.damage.result():
+            raise ConfigError(damage)
+        compared = compare(folder, opened, target, method) if verified else None
         report = describe(opened, target, chosen, written, compared)
         text = json.dumps(report, indent=2) + "\n"
         if compared is not None and compared.problems:
@@ -126,9 +137,10 @@ def needs_transformers() -> None:
 
 
 def open_checkpoint(path: Path) -> Pieces:
-    """The newest checkpoint at a path, its files verified and its tensors compared with its config."""
+    """The newest checkpoint at a path, its tensors compared with its config. Its files are being verified."""
     folder = find_checkpoint(path)
-    manifest = verified_manifest(folder, Alone())
+    manifest = read_manifest(folder)
+    damage = meanwhile(verify_files, folder, manifest)
     index = read_index(folder, manifest)
     job = job_from_toml(manifest.config, folder)
     tokenizer: Tokenizer = job.tokenizer.build()
@@ -143,7 +155,7 @@ def open_checkpoint(path: Path) -> Pieces:
         raise ConfigError(problems)
     begin = Framing.of(tokenizer, job.data.bos).bos_id
     state = read_train_state(folder)
-    return Pieces(folder, manifest, state, job, tokenizer, begin, shape, StepTensors(folder, index))
+    return Pieces(folder, manifest, state, job, tokenizer, begin, shape, StepTensors(folder, index), damage)
 
 
 def choose_target(opened: Pieces) -> Target:
@@ -188,23 +200,6 @@ def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
             return not any(tokenizer_problems(folder, opened.tokenizer, opened.begin))
 
 
-@contextmanager
-def beside(out: Path) -> Iterator[Path]:
-    """A new folder beside `out` under a temporary name, which is removed unless it was renamed."""
-    folder = out.absolute().with_name(f".{out.name}.tmp-{uuid.uuid4().hex[:12]}")
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir()
-    except OSError as error:
-        raise ConfigError.at(str(out), f"cannot be made: {error.strerror}") from None
-    try:
-        yield folder
-    except OSError as error:
-        raise ConversionError(f"{out} was not made: {error}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def check_room(folder: Path, tensors: Source, dtype: torch.dtype) -> None:
     """ConversionError where the disk is too full for the weights."""
     need = sum(meta.numel() * dtype.itemsize for meta in tensors.meta.values())
@@ -242,13 +237,12 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
 
 
-def compare(folder: Path, opened: Pieces, target: Target) -> Comparison:
+def compare(folder: Path, opened: Pieces, target: Target, method: str) -> Comparison:
     """Loads the folder again and compares. ConversionError where transformers cannot load it."""
     try:
         with quiet_transformers():
-            return verify(
-                folder, opened.shape, opened.tensors, target.loaded, opened.tokenizer, opened.begin, target.exact
-            )
+            subject = Subject(folder, opened.shape, opened.tensors, target.loaded)
+            return verify(subject, opened.tokenizer, opened.begin, target.exact, method)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"transformers cannot use the folder: {error}") from error
 

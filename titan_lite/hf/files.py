@@ -10,7 +10,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from titan_lite.hf.source import Source, rows
+from titan_lite.checkpoint.shard import nbytes
+from titan_lite.hf.source import Place, Source, rows
 
 
 class Files(Protocol):
@@ -95,6 +96,17 @@ class Renamed:
             self._last = part.stacked, part.expert, one
         return rows(self._last[2][part.start : part.stop], start, stop)
 
+    def place(self, name: str) -> Place | None:
+        part = self._parts[name]
+        if isinstance(part, str):
+            return self.model.place(part)
+        whole = self.model.place(part.stacked)
+        if whole is None:
+            return None
+        before = part.expert * whole.shape[1] + part.start
+        start = whole.start + nbytes(whole.dtype, (before, *whole.shape[2:]))
+        return Place(whole.path, whole.dtype, (part.stop - part.start, *whole.shape[2:]), start)
+
 
 def _split(names: PerExpert, match: re.Match[str], tensor: Tensor) -> Iterator[tuple[str, Part]]:
     before, kind = match.groups()
@@ -134,6 +146,9 @@ class Stacked:
             for tensor in _stacked_meta(whole, experts, files.meta):
                 meta[whole] = tensor
         self.meta = meta
+
+    def place(self, name: str) -> Place | None:
+        return self.files.place(self._renamed[name]) if name in self._renamed else None
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name in self._renamed:

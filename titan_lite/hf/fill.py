@@ -10,18 +10,24 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from titan_lite.checkpoint.shard import shards_of
-from titan_lite.config.errors import FILE_MISSING, ConfigError
+from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.read import open_folder, our_tensors, same_model
 from titan_lite.hf.source import Source
 from titan_lite.models.transformer import Transformer
 
 
-def opened(path: Path, model: Transformer.Config) -> Source:
-    """The folder's weights as those of this very model. ConfigError where it holds another one, or is damaged."""
+def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> Source:
+    """The folder's weights as those of this very model. ConfigError where it holds another one, or is damaged.
+
+    Weights in float8 are recognised; `quantized` asks for them.
+    """
     if not path.is_dir():
         raise ConfigError.at("checkpoint.initial_load_path", "is no folder", str(path), code=FILE_MISSING)
     folder = open_folder(path)
+    if quantized and folder.block is None:
+        why = f"is set, but the weights in {path} are not quantized"
+        raise ConfigError.at("checkpoint.initial_load_in_hf_quantized", why, True, "false", code=CROSS_FIELD)
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
     return our_tensors(folder, Shape.of(model, folder.tables["vocab_size"], folder.context_len))

@@ -15,14 +15,15 @@ from torch import Tensor
 from titan_lite.checkpoint.facts import Origin, RunFacts, describe
 from titan_lite.checkpoint.folder import MANIFEST, step_name, sync_folder
 from titan_lite.checkpoint.index import INDEX, Chunk, Index, StoredTensor, index_to_json, shard_file
-from titan_lite.checkpoint.manifest import READ_PIECE, FileSum, manifest_to_json
+from titan_lite.checkpoint.manifest import FileSum, manifest_to_json
 from titan_lite.checkpoint.safetensors_file import write_file as write_small
 from titan_lite.checkpoint.writer import TRAIN_STATE
 from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict, to_toml
 from titan_lite.config.toml import toml_text
 from titan_lite.data.tokenizer import Tokenizer
-from titan_lite.hf.export import MODEL_TYPE, beside, check_room, needs_transformers
+from titan_lite.hf.beside import beside
+from titan_lite.hf.export import MODEL_TYPE, check_room, needs_transformers
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.read import Folder, open_folder, our_tensors
@@ -169,9 +170,11 @@ def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str, mod
     named = Image([Rule((name,), (f"model.{name}",)) for name in tensors.meta], tensors)
     folder.mkdir()
     file = shard_file(0)
-    starts = write_file(folder / file, named, {name: meta.dtype for name, meta in named.meta.items()})
+    digest = xxhash.xxh3_128()
+    types = {name: meta.dtype for name, meta in named.meta.items()}
+    starts = write_file(folder / file, named, types, digest.update)
     index: Index = {name: _whole(meta, file, starts[name]) for name, meta in named.meta.items()}
-    files = {file: _sum(folder / file)}
+    files = {file: FileSum(size=(folder / file).stat().st_size, xxh3_128=digest.hexdigest())}
     files[INDEX] = write_small(folder / INDEX, index_to_json(index))
     state = {"step": 0, "tokens_seen": 0, MODEL_TYPE: model_type}
     files[TRAIN_STATE] = write_small(folder / TRAIN_STATE, json.dumps(state).encode())
@@ -184,11 +187,3 @@ def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str, mod
 def _whole(meta: Tensor, file: str, start: int) -> StoredTensor:
     shape = tuple(meta.shape)
     return StoredTensor(meta.dtype, shape, (Chunk((0,) * len(shape), shape, file, start),))
-
-
-def _sum(path: Path) -> FileSum:
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(READ_PIECE))
-    with open(path, "rb", buffering=0) as file:
-        while n := file.readinto(buffer):
-            digest.update(buffer[:n])
-    return FileSum(size=path.stat().st_size, xxh3_128=digest.hexdigest())

@@ -7,6 +7,7 @@ this module was imported before, it needs no such permission.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Final, cast
 
 import torch
@@ -112,6 +113,10 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Weights come from files."""
+
+    def shard_units(self) -> Iterator[torch.nn.Module]:
+        """What can have its weights by itself."""
+        return self.model.shard_units()
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embedding

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -11,19 +12,23 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from titan_lite.config.errors import BAD_INPUT, CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, ConfigError, Problem, show
+from titan_lite.config.errors import BAD_INPUT, CROSS_FIELD, NOT_ALLOWED, ConfigError, Problem, show
 from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.fp8 import Block, block_of, stored_weights
 from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
 from titan_lite.hf.rule import Rule, Tensors, Transform
-from titan_lite.hf.source import Image, Meta, Source
-from titan_lite.hf.stored import FolderTensors, read_json
+from titan_lite.hf.source import Image, Meta, Place, Source
+from titan_lite.hf.stored import read_json
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 OWN: Final = "titan_lite"
 UNUSED: Final = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(masked_)?bias|attention\.(masked_)?bias)")
 """Buffers that older files hold and that no model reads."""
+TYPES: Final = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 SHOWN: Final = 20
 
 
@@ -40,6 +45,8 @@ class Folder:
     context_len: int
     """The longest text; 0 = not said."""
     settings: Mapping[str, Any]
+    block: Block | None
+    """Of weights in float8, what has one factor."""
 
 
 def open_folder(path: Path) -> Folder:
@@ -47,13 +54,12 @@ def open_folder(path: Path) -> Folder:
     file = path / "config.json"
     given = read_json(file)
     model_type = str(given.get("model_type", ""))
-    if "quantization_config" in given:
-        why = "is quantized; only weights in a floating-point type are read"
-        raise ConfigError.at(str(file), why, code=NOT_AVAILABLE)
+    block = block_of(file, given)
+    given.pop("quantization_config", None)
     context_len = given.get("max_position_embeddings") or given.get("n_positions") or 0
     if model_type == OWN and isinstance(given.get(OWN), dict):
         tables = {**given[OWN], "vocab_size": given.get("vocab_size")}
-        return Folder(path, OWN, None, tables, context_len, given)
+        return Folder(path, OWN, None, tables, context_len, given, block)
     if model_type not in ARCHITECTURES:
         why = f"the model_type {show(model_type)} is not known here"
         raise ConfigError.at(str(file), why, allowed=", ".join(sorted([*ARCHITECTURES, OWN])), code=NOT_ALLOWED)
@@ -63,7 +69,7 @@ def open_folder(path: Path) -> Folder:
         tables = architecture.tables(settings)
     except ConfigError as error:
         raise ConfigError(replace(problem, file=str(file)) for problem in error.problems) from None
-    return Folder(path, model_type, architecture, tables, int(context_len), settings)
+    return Folder(path, model_type, architecture, tables, int(context_len), settings, block)
 
 
 def _completed(file: Path, model_type: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -86,7 +92,7 @@ def our_tensors(folder: Folder, shape: Shape) -> Source:
         rules = [Rule((name,), (f"model.{name}",)) for name in shape.meta]
     else:
         rules = folder.architecture.rules(shape.config)
-    files = FolderTensors(folder.path)
+    files = stored_weights(folder.path, folder.block)
     source = _renamed(folder, files, rules, shape)
     made = {name for rule in rules for name in rule.ours}
     fresh = [_at_first(name, shape) for name in shape.meta if name not in made]
@@ -110,7 +116,7 @@ def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
         yield Problem(CROSS_FIELD, key, why, value, show(other))
 
 
-def _renamed(folder: Folder, files: FolderTensors, rules: list[Rule], shape: Shape) -> Source:
+def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> Source:
     """The folder's tensors under the names of transformers' modules, all there and of the right shapes."""
     loaded = Image(rules, Meta(shape.meta))
     candidates: list[tuple[Source, Source]] = [(loaded, files)]
@@ -120,6 +126,7 @@ def _renamed(folder: Folder, files: FolderTensors, rules: list[Rule], shape: Sha
         candidates = [(names.published(loaded), names.loaded(files)), (loaded, files), (loaded, prefixed)]
     expected, source = min(candidates, key=lambda both: len(both[0].meta.keys() - _names(both[1], files)))
     own = source.meta if isinstance(source, Prefixed) else files.meta
+    own = _without_left_out(folder, own, shape.config)
     if problems := list(_misfits(folder, expected.meta, own, bool(shape.config.head.tied))):
         raise ConfigError(problems)
     if shape.config.head.tied:
@@ -127,7 +134,18 @@ def _renamed(folder: Folder, files: FolderTensors, rules: list[Rule], shape: Sha
     return source
 
 
-def _names(source: Source, files: FolderTensors) -> set[str]:
+def _without_left_out(folder: Folder, found: Mapping[str, Tensor], model: Transformer.Config) -> Mapping[str, Tensor]:
+    """The tensors without those that the model is whole without, of which a warning tells."""
+    if folder.architecture is None:
+        return found
+    reasons = {name: why for name in found if (why := folder.architecture.left_out(name, model))}
+    if reasons:
+        name, why = next(iter(reasons.items()))
+        log.warning("%s: %d tensors are left out, such as %s: %s", folder.path, len(reasons), name, why)
+    return {name: meta for name, meta in found.items() if name not in reasons}
+
+
+def _names(source: Source, files: Source) -> set[str]:
     return set(source.meta) if isinstance(source, Prefixed) else set(files.meta)
 
 
@@ -141,7 +159,7 @@ def _base(architecture: Architecture) -> str:
 class Prefixed:
     """Files of a model that was saved without its head: the names lack their first part."""
 
-    def __init__(self, files: FolderTensors, base: str):
+    def __init__(self, files: Source, base: str):
         self.files = files
         self._names = {
             name if name.startswith(("lm_head.", f"{base}.")) else f"{base}.{name}": name for name in files.meta
@@ -150,6 +168,9 @@ class Prefixed:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return self.files.read(self._names[name], start, stop)
+
+    def place(self, name: str) -> Place | None:
+        return self.files.place(self._names[name])
 
 
 def _misfits(
@@ -166,14 +187,12 @@ def _misfits(
         for name in found
         if name not in expected and not UNUSED.fullmatch(name) and not (tied and name == "lm_head.weight")
     ]
-    types = [
-        f"{name}: {meta.dtype}" for name, meta in found.items() if name in expected and not meta.is_floating_point()
-    ]
+    types = [f"{name}: {meta.dtype}" for name, meta in found.items() if name in expected and meta.dtype not in TYPES]
     for text, names in (
         ("lacks {n} tensors of the model", missing),
         ("has {n} tensors of another shape than its model", shapes),
         ("has {n} tensors that its model does not", extra),
-        ("has {n} tensors that are no floating-point numbers", types),
+        ("has {n} tensors that are in no floating-point type of a model", types),
     ):
         if names:
             more = [f"... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
@@ -181,7 +200,7 @@ def _misfits(
             yield Problem(BAD_INPUT, str(folder.path), text.format(n=len(names)) + ":" + lines)
 
 
-def _same_head(folder: Folder, files: FolderTensors) -> None:
+def _same_head(folder: Folder, files: Source) -> None:
     """A tied head that is in the files as well has to be the embedding."""
     head = "lm_head.weight"
     if head not in files.meta:

@@ -85,19 +85,30 @@ def each(*transforms: Transform) -> Transform:
     )
 
 
+def widened(tensor: Tensor) -> Tensor:
+    """The tensor in float32 at least, in which it can be computed with."""
+    return tensor if tensor.dtype.itemsize >= 4 else tensor.float()
+
+
 def times(factor: float) -> Transform:
-    """Each tensor times a number."""
+    """Each tensor times a number, in float32 at least."""
     if factor == 1.0:
         return SAME
     return Transform(
-        lambda t: tuple(x * factor for x in t), lambda t: tuple(x / factor for x in t), rowwise=True, exact=False
+        lambda t: tuple(widened(x) * factor for x in t),
+        lambda t: tuple(widened(x) / factor for x in t),
+        rowwise=True,
+        exact=False,
     )
 
 
 def plus(offset: float) -> Transform:
-    """Each tensor plus a number."""
+    """Each tensor plus a number, in float32 at least."""
     return Transform(
-        lambda t: tuple(x + offset for x in t), lambda t: tuple(x - offset for x in t), rowwise=True, exact=False
+        lambda t: tuple(widened(x) + offset for x in t),
+        lambda t: tuple(widened(x) - offset for x in t),
+        rowwise=True,
+        exact=False,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from titan_lite.checkpoint.shard import DTYPE_CODES, as_bytes, nbytes
+from titan_lite.config.errors import ConfigError
+from titan_lite.hf.growing_file import GrowingFile
 from titan_lite.hf.source import Source, pieces
 from titan_lite.hf.stored import INDEX, ONE_FILE
 
@@ -72,8 +74,13 @@ def _file(number: int, count: int) -> str:
     return f"model-{number + 1:05d}-of-{count:05d}.safetensors"
 
 
-def write_file(path: Path, source: Source, types: Mapping[str, torch.dtype]) -> dict[str, int]:
-    """Writes the named tensors in these types to the new file, durably; returns where each one's values begin."""
+def write_file(
+    path: Path, source: Source, types: Mapping[str, torch.dtype], see: Callable[[memoryview], None] | None = None
+) -> dict[str, int]:
+    """Writes the named tensors in these types to the new file, durably; returns where each one's values begin.
+
+    `see` gets all that is written, in order, for a checksum.
+    """
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
     for name in sorted(types, key=lambda name: -types[name].itemsize):  # each is aligned to its type
@@ -83,22 +90,25 @@ def write_file(path: Path, source: Source, types: Mapping[str, torch.dtype]) -> 
         table[name] = {"dtype": DTYPE_CODES[types[name]], "shape": list(shape), "data_offsets": offsets}
     head = json.dumps(table, separators=(",", ":")).encode()
     head += b" " * (-len(head) % 8)
-    with open(path, "xb", buffering=0) as file:
-        _write(file.fileno(), memoryview(len(head).to_bytes(8, "little") + head))
+    head = len(head).to_bytes(8, "little") + head
+    with GrowingFile(path, see) as file:
+        file.write(memoryview(head))
         for name in begins:
-            for start, stop in pieces(source.meta[name]):
-                _write(file.fileno(), as_bytes(_typed(source.read(name, start, stop), types[name])))
-        os.fsync(file.fileno())
-    return {name: 8 + len(head) + begin for name, begin in begins.items()}
+            _append(file, source, name, types[name])
+    return {name: len(head) + begin for name, begin in begins.items()}
 
 
-def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype).contiguous()
-
-
-def _write(fd: int, data: memoryview) -> None:
-    while data:  # the kernel may take less than it was given
-        data = data[os.write(fd, data) :]
+def _append(file: GrowingFile, source: Source, name: str, dtype: torch.dtype) -> None:
+    place = source.place(name) if file.can_copy else None
+    if place is not None and place.dtype == dtype:
+        file.copy(place)
+        return
+    for start, stop in pieces(source.meta[name]):
+        values = source.read(name, start, stop)
+        typed = values.to(dtype).contiguous()
+        if typed.dtype != values.dtype and not typed.isfinite().all():
+            raise ConfigError.at(name, f"has values that no {str(dtype).removeprefix('torch.')} can be")
+        file.write(as_bytes(typed))
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from titan_lite.checkpoint.shard import nbytes
 from titan_lite.hf.rule import SAME, Rule, Tensors
 
-PIECE = 4 * 2**20
+PIECE = 2**20
 """Bytes that are read, changed and written at a time where a tensor can be done in pieces: they stay in the cache, and
 the allocator reuses them, where larger ones would be new pages each time."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's values are."""
+
+    path: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    """Bytes from the beginning of the file."""
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(self.dtype, self.shape)
 
 
 class Source(Protocol):
@@ -27,6 +45,10 @@ class Source(Protocol):
         """The tensor, or its entries [start, stop) along the first dim. Raises ConfigError naming what is damaged."""
         ...
 
+    def place(self, name: str) -> Place | None:
+        """Where the tensor is in a step folder, just so and in one piece; None where it has to be read."""
+        ...
+
 
 class InMemory:
     """Tensors that are there already."""
@@ -38,6 +60,9 @@ class InMemory:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         return rows(self.tensors[name].detach(), start, stop)
 
+    def place(self, name: str) -> Place | None:
+        return None
+
 
 class Meta:
     """Tensors that only have shapes."""
@@ -47,6 +72,9 @@ class Meta:
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         raise NotImplementedError("there are no values")
+
+    def place(self, name: str) -> Place | None:
+        return None
 
 
 class Image:
@@ -77,6 +105,10 @@ class Image:
             self._last = None  # before the next ones are made, not after
             self._last = rule, rule.transform.to_hf(tuple(self.source.read(one) for one in rule.ours))
         return rows(self._last[1][place], start, stop)
+
+    def place(self, name: str) -> Place | None:
+        rule, place = self._places[name]
+        return self.source.place(rule.ours[place]) if rule.transform is SAME else None
 
     def _in_pieces(self, rule: Rule) -> bool:
         by_rows = rule.ours[: len(rule.ours) - rule.transform.whole]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -18,6 +17,7 @@ from titan_lite.checkpoint.manifest import open_regular
 from titan_lite.checkpoint.reader import read_block
 from titan_lite.checkpoint.shard import DTYPES, nbytes
 from titan_lite.config.errors import BAD_INPUT, FILE_MISSING, ConfigError
+from titan_lite.hf.source import Place
 
 ONE_FILE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -45,6 +45,13 @@ class StepTensors:
             self._read_chunk(chunk, stored.dtype, start, stop, target)
         return target
 
+    def place(self, name: str) -> Place | None:
+        stored = self.index[name]
+        if len(stored.chunks) > 1:
+            return None
+        (chunk,) = stored.chunks
+        return Place(self.folder / chunk.file, stored.dtype, stored.shape, chunk.start)
+
     def _read_chunk(self, chunk: Chunk, dtype: torch.dtype, start: int, stop: int, target: Tensor) -> None:
         """The part of a chunk that lies in the rows [start, stop) of its tensor."""
         region = [(0, size) for size in chunk.shape]
@@ -62,17 +69,6 @@ class StepTensors:
                 read_block(file, chunk.start, chunk.shape, dtype, region, target)
         except OSError as error:
             raise refuse(path, f"the tensors cannot be read: {error.strerror}") from None
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor's values are."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-    """Bytes from the beginning of the file."""
 
 
 class FolderTensors:
@@ -98,7 +94,13 @@ class FolderTensors:
                 read_block(file, place.start, place.shape, place.dtype, region, target)
         except OSError as error:
             raise damaged(place.path, f"{name} cannot be read: {error.strerror}") from None
+        wide = target.float() if place.dtype.itemsize == 1 else target
+        if place.dtype.is_floating_point and not wide.isfinite().all():
+            raise damaged(place.path, f"{name} holds values that are no finite numbers")
         return target
+
+    def place(self, name: str) -> Place | None:
+        return None  # it is no step folder
 
     def _places(self) -> Iterator[tuple[str, Place]]:
         if (self.folder / INDEX).is_file():

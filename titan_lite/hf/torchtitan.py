@@ -23,7 +23,7 @@ from titan_lite.config.load import load_job
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.importer import Imported, write_import
 from titan_lite.hf.rule import Rule
-from titan_lite.hf.source import Image
+from titan_lite.hf.source import Image, Place
 from titan_lite.hf.stored import damaged
 from titan_lite.job import Job
 from titan_lite.models.transformer import vocab_size_for
@@ -113,6 +113,9 @@ class DistTensors:
                     region = region.narrow(dim, begin, size)
                 region.copy_(part)
         return whole[start:stop]
+
+    def place(self, name: str) -> Place | None:
+        return None
 
     def _stored(self, name: str, place: Any) -> Tensor:
         path = self.folder / Path(place.relative_path).name

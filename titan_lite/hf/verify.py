@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from titan_lite.config.errors import ConfigError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.generation import Sampling, generate
 from titan_lite.hf.folds import Shape
-from titan_lite.hf.source import Source
+from titan_lite.hf.loaded import ByBlock, Loading, Subject, Whole, blocks_of
+from titan_lite.hf.memory import available_memory
 from titan_lite.hf.tokenizer_files import SAMPLES
-from titan_lite.models.spec import named_state
 from titan_lite.models.transformer import Transformer
 
 EXACT: Final = 1e-4
@@ -28,52 +29,98 @@ NEW_TOKENS: Final = 64
 PROMPT: Final = 8
 LENGTH: Final = 96
 ROWS: Final = 2
+LAST: Final = 8
+"""Tokens of each row that are compared behind each block; they have seen all others."""
+HEADROOM: Final = 2**30
+"""Bytes beside the weights: logits, and what is read at a time."""
+METHODS: Final[dict[str, type[Loading]]] = {loading.name: loading for loading in (Whole, ByBlock)}
 
 
 @dataclass(frozen=True)
 class Comparison:
     """What was seen."""
 
+    method: str
+    """Whether the weights of a model were in memory all at once, or by block."""
+    memory_needed: int
+    """Bytes of a model in float32, and of what is computed with it."""
+    memory_available: int | None
+    """Bytes; None where the system does not say."""
     tokens_compared: int
     max_logit_difference: float
     tolerance: float
     rounding: float
     """Largest change of a logit by the folder's own type of weights, compared with float32; 0 where it is float32."""
+    block_differences: tuple[float, ...]
+    """Largest difference behind each block, in parts of the largest number there; none where weights were folded."""
     greedy_tokens: int
-    greedy_equal: bool
+    greedy_equal: bool | None
+    """None where no continuation was made."""
     tokenizer_texts: int
     problems: tuple[str, ...]
 
 
-def verify(
-    folder: Path, shape: Shape, ours: Source, theirs: Source, tokenizer: Tokenizer, begin: int | None, exact: bool
-) -> Comparison:
-    """Compares the folder with the model whose tensors are `ours`; `theirs` are the folder's before rounding."""
+class Seen(NamedTuple):
+    """What one model made of the prompts."""
+
+    logits: Tensor
+    blocks: tuple[Tensor, ...]
+    """(ROWS, LAST, D) behind each block that ran."""
+
+
+def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: bool, method: str = "") -> Comparison:
+    """Compares a folder with the model it was made of, one of both in memory at a time.
+
+    `exact` says that its weights were only moved. `method` is a name in METHODS; by default the whole model where
+    there is memory for it. ConfigError where the checkpoint's logits are no numbers.
+    """
     tolerance = EXACT if exact else FOLDED
-    with quiet_transformers():
-        reference = load_ours(shape, ours)
-        loaded = load_theirs(folder)
-    prompts = fixed_prompts(shape, tokenizer)
-    problems = list(tokenizer_problems(folder, tokenizer, begin))
-    with torch.no_grad():
-        wanted = reference(prompts)
+    needed = 4 * subject.parameters + HEADROOM
+    available = available_memory()
+    fits = available is None or needed <= available
+    loading = METHODS[method or (Whole.name if fits else ByBlock.name)]()
+    prompts = fixed_prompts(subject.shape, tokenizer)
+    problems = list(tokenizer_problems(subject.folder, tokenizer, begin))
+    count = loading.new_tokens(subject, _room(subject.shape, NEW_TOKENS))
+    starts = prompts[:, :PROMPT].tolist() if count > 0 else []
+    with quiet_transformers(), torch.no_grad():
+        reference = loading.ours(subject)
+        wanted = _look(reference, reference, prompts)
+        if not wanted.logits.isfinite().all():
+            raise _not_finite(subject)
+        ours = [_continued(reference, start, count, tokenizer) for start in starts]
+        del reference
+        loaded = loading.theirs(subject)
         rounded = loaded(prompts).logits.float()
-        _unround(loaded, theirs)
-        found = loaded(prompts).logits.float()
-    difference = (wanted - found).abs().max().item()
+        loading.unround(loaded, subject)
+        found = _look(loaded, lambda tokens: loaded(tokens).logits.float(), prompts)
+        theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
+        different = [
+            f"greedy continuations differ from token {at} on"
+            for start, mine, other in zip(starts, ours, theirs, strict=True)
+            if (at := _parting(mine, other)) is not None
+            and not _is_tie(
+                loaded, start + mine[:at], [*mine, tokenizer.eos_id][at], [*other, tokenizer.eos_id][at], tolerance
+            )
+        ]
+    difference = (wanted.logits - found.logits).abs().max().item()
+    blocks = _block_differences(wanted, found) if exact else ()
     if not difference <= tolerance:  # also where it is not a number
-        problems.append(f"logits differ by up to {difference:.3g}, where {tolerance:.0e} is allowed")
-    count, different = _greedy(reference, loaded, prompts[:, :PROMPT], shape, tokenizer, tolerance)
-    problems += different
+        where = next((f"; block {i} is the first that differs" for i, d in enumerate(blocks) if not d <= tolerance), "")
+        problems.append(f"logits differ by up to {difference:.3g}, where {tolerance:.0e} is allowed{where}")
     return Comparison(
-        prompts.numel(),
-        difference,
-        tolerance,
-        (rounded - found).abs().max().item(),
-        count,
-        not different,
-        len(SAMPLES),
-        tuple(problems),
+        method=loading.name,
+        memory_needed=needed,
+        memory_available=available,
+        tokens_compared=prompts.numel(),
+        max_logit_difference=difference,
+        tolerance=tolerance,
+        rounding=(rounded - found.logits).abs().max().item(),
+        block_differences=blocks,
+        greedy_tokens=max(0, count) * len(starts),
+        greedy_equal=not different if starts else None,
+        tokenizer_texts=len(SAMPLES),
+        problems=(*problems, *different),
     )
 
 
@@ -90,87 +137,66 @@ def longest(shape: Shape) -> int:
     return int(getattr(position, "max_len", 0))
 
 
-def load_ours(shape: Shape, source: Source) -> Transformer:
-    """Our model in float32."""
-    with torch.device("meta"):
-        model: Transformer = shape.config.build(vocab_size=shape.vocab_size)
-    model.to(torch.float32).to_empty(device="cpu")
-    with torch.no_grad():
-        for name, tensor in named_state(model):
-            tensor.copy_(source.read(name))
-    return model.eval()
-
-
-def load_theirs(folder: Path) -> Any:
-    """The folder's model in float32, as `from_pretrained` loads it, without permission to run code."""
-    from transformers import AutoModelForCausalLM
-
-    import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
-
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    model, info = loaded
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
-    if wrong:
-        raise ValueError(f"transformers loads the folder with {wrong}")
-    return model.eval()
-
-
-def _unround(loaded: nn.Module, theirs: Source) -> None:
-    """Gives the loaded model the values that its weights had before they were written in a narrower type."""
-    tensors = dict(loaded.named_parameters())
-    with torch.no_grad():
-        for name, meta in theirs.meta.items():
-            if meta.is_floating_point() and name in tensors:
-                tensors[name].copy_(theirs.read(name))
-
-
-def _greedy(
-    reference: Transformer, loaded: Any, prompts: Tensor, shape: Shape, tokenizer: Tokenizer, tolerance: float
-) -> tuple[int, list[str]]:
-    """How many tokens both were asked for, and what differs. A tie within rounding is no difference."""
+def _room(shape: Shape, wanted: int) -> int:
+    """How many of the wanted tokens have a place behind the prompts."""
     limit = longest(shape)
-    count = min(NEW_TOKENS, limit - prompts.shape[1]) if limit else NEW_TOKENS
-    if count <= 0:
-        return 0, []
-    problems = []
-    for prompt in prompts:
-        ours = list(
-            generate(
-                reference,
-                prompt.tolist(),
-                count,
-                Sampling(temperature=0.0),
-                0,
-                torch.device("cpu"),
-                tokenizer.vocab_size,
-                tokenizer.eos_id,
-            )
-        )
-        mask = torch.ones_like(prompt[None])
-        made = loaded.generate(prompt[None], attention_mask=mask, max_new_tokens=count, do_sample=False)
-        theirs = made[0, len(prompt) :].tolist()
-        theirs = theirs[: theirs.index(tokenizer.eos_id)] if tokenizer.eos_id in theirs else theirs
-        if ours != theirs and not _is_tie(reference, prompt.tolist(), ours, theirs, tokenizer, tolerance):
-            at = next((i for i, pair in enumerate(zip(ours, theirs, strict=False)) if len(set(pair)) > 1), -1)
-            problems.append(
-                f"greedy continuations differ from token {at if at >= 0 else min(len(ours), len(theirs))} on"
-            )
-    return count * len(prompts), problems
+    return min(wanted, limit - PROMPT) if limit else wanted
 
 
-def _is_tie(
-    model: Transformer, prompt: list[int], ours: list[int], theirs: list[int], tokenizer: Tokenizer, tolerance: float
-) -> bool:
-    """Whether the first tokens that differ are likeliest both, up to rounding."""
-    end = [tokenizer.eos_id]
-    for at, (mine, other) in enumerate(zip(ours + end, theirs + end, strict=False)):
-        if mine != other:
-            with torch.no_grad():
-                logits = model(torch.tensor([prompt + ours[:at]]))[0, -1]
-            return bool((logits[mine] - logits[other]).abs() <= 2 * tolerance)
-    return False
+def _look(model: nn.Module, logits: Callable[[Tensor], Tensor], prompts: Tensor) -> Seen:
+    """What a model makes of the prompts."""
+    seen: list[Tensor] = []
+
+    def see(_: nn.Module, __: Any, result: Any) -> None:
+        x = result[0] if isinstance(result, tuple) else result
+        seen.append(x[:, -LAST:].clone())
+
+    hooks = [block.register_forward_hook(see) for block in blocks_of(model)]
+    found = logits(prompts)
+    for hook in hooks:
+        hook.remove()
+    return Seen(found, tuple(seen))
+
+
+def _block_differences(wanted: Seen, found: Seen) -> tuple[float, ...]:
+    pairs = zip(wanted.blocks, found.blocks, strict=True)
+    return tuple(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+def _not_finite(subject: Subject) -> ConfigError:
+    """What is wrong with a checkpoint that computes no numbers."""
+    for name, meta in subject.ours.meta.items():
+        if meta.is_floating_point() and not subject.ours.read(name).isfinite().all():
+            return ConfigError.at(f"model.{name}", "holds values that are no finite numbers")
+    return ConfigError.at("model", "the checkpoint's logits are no finite numbers")
+
+
+def _continued(model: Transformer, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
+    """The likeliest tokens behind these, up to the end of the text."""
+    greedy, ends = Sampling(temperature=0.0), (tokenizer.vocab_size, tokenizer.eos_id)
+    return list(generate(model, start, count, greedy, 0, torch.device("cpu"), *ends))
+
+
+def _continued_there(loaded: Any, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
+    """The same by transformers."""
+    tokens = torch.tensor([start])
+    options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count, "do_sample": False}
+    made: list[int] = loaded.generate(tokens, **options)[0, len(start) :].tolist()
+    return made[: made.index(tokenizer.eos_id)] if tokenizer.eos_id in made else made
+
+
+def _parting(one: list[int], other: list[int]) -> int | None:
+    """Where two texts part; None where they do not."""
+    if one == other:
+        return None
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+def _is_tie(loaded: Any, text: list[int], one: int, other: int, tolerance: float) -> bool:
+    """Whether both tokens may follow the text, up to rounding."""
+    logits = loaded(torch.tensor([text])).logits[0, -1].float()
+    return bool((logits[one] - logits[other]).abs() <= 2 * tolerance)
 
 
 def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) -> Iterator[str]:

@@ -1,0 +1,81 @@
+"""A file that is written from front to back and made durable while it grows."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from titan_lite.checkpoint.folder import refuse
+from titan_lite.checkpoint.manifest import open_regular
+from titan_lite.hf.background import meanwhile
+from titan_lite.hf.source import Place
+
+FLUSH: Final = 128 * 2**20
+"""Bytes after which the disk is asked to take what was written, while more is."""
+COPY: Final = 32 * 2**20
+"""Bytes that the kernel is asked to copy at a time."""
+COPIES: Final = sys.platform == "linux"
+"""Whether the kernel copies from file to file, without a detour through this process."""
+
+
+class GrowingFile:
+    """A new file; left without an exception, its content is durable. OSError where the disk fails."""
+
+    def __init__(self, path: Path, see: Callable[[memoryview], None] | None = None):
+        """`see` gets all that is written, in order, for a checksum."""
+        self._see = see
+        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self._waiting = 0
+        self._flush: Future[None] | None = None
+
+    @property
+    def can_copy(self) -> bool:
+        """Whether `copy` can be used: a checksum needs the bytes here."""
+        return COPIES and self._see is None
+
+    def write(self, data: memoryview) -> None:
+        """Appends the data."""
+        if self._see is not None:
+            self._see(data)
+        while data:  # the kernel may take less than it was given
+            written = os.write(self._fd, data)
+            data = data[written:]
+            self._grown(written)
+
+    def copy(self, place: Place) -> None:
+        """Appends the bytes of a tensor in a step folder. ConfigError where its file ends too early."""
+        at, end = place.start, place.start + place.nbytes
+        with open_regular(place.path) as file:
+            while at < end:
+                copied = os.sendfile(self._fd, file.fileno(), at, min(end - at, COPY))
+                if copied == 0:
+                    raise refuse(place.path, "the tensors cannot be read: the file ended early")
+                at += copied
+                self._grown(copied)
+
+    def _grown(self, size: int) -> None:
+        self._waiting += size
+        if self._waiting >= FLUSH and (self._flush is None or self._flush.done()):
+            self._flushed()
+            self._waiting, self._flush = 0, meanwhile(os.fdatasync, self._fd)
+
+    def _flushed(self) -> None:
+        """Waits for the disk, whose error is reported once, to the call that meets it."""
+        if self._flush is not None:
+            self._flush.result()
+
+    def __enter__(self) -> GrowingFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            self._flushed()
+            if error is None:
+                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)

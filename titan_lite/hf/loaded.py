@@ -1,0 +1,132 @@
+"""Both models that a verification compares, in float32: whole, or with the weights of one block at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Final
+
+import torch
+from torch import nn
+
+from titan_lite.hf.by_block import BlockLoader, Streamed, complete, units_of, values_of
+from titan_lite.hf.folds import Shape
+from titan_lite.hf.source import Source
+from titan_lite.models.spec import named_state
+from titan_lite.models.transformer import Transformer
+
+READS: Final = 32 * 2**30
+"""Bytes of weights that greedy continuations may read from the disk where they are not in memory."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A folder, and what it was made of."""
+
+    folder: Path
+    shape: Shape
+    ours: Source
+    theirs: Source
+    """The folder's tensors before they were rounded, under the names of transformers' modules."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers of the larger of both models."""
+        return max(sum(meta.numel() for meta in source.meta.values()) for source in (self.ours, self.theirs))
+
+
+class Loading(ABC):
+    """How models come into memory."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def ours(self, subject: Subject) -> Transformer:
+        """The checkpoint's model."""
+
+    @abstractmethod
+    def theirs(self, subject: Subject) -> Any:
+        """The folder's model, as transformers loads it."""
+
+    @abstractmethod
+    def unround(self, loaded: Any, subject: Subject) -> None:
+        """Gives the folder's model the values that its weights had before they were written in a narrower type."""
+
+    @abstractmethod
+    def new_tokens(self, subject: Subject, wanted: int) -> int:
+        """How many of the wanted tokens each continuation may have."""
+
+
+class Whole(Loading):
+    """All weights at once."""
+
+    name = "whole"
+
+    def ours(self, subject: Subject) -> Transformer:
+        model = _ours_on_meta(subject.shape).to_empty(device="cpu")
+        with torch.no_grad():
+            for name, tensor in named_state(model):
+                tensor.copy_(subject.ours.read(name))
+        return model
+
+    def theirs(self, subject: Subject) -> Any:
+        return load_theirs(subject.folder)
+
+    def unround(self, loaded: Any, subject: Subject) -> None:
+        tensors = dict(loaded.named_parameters())
+        with torch.no_grad():
+            for name, meta in subject.theirs.meta.items():
+                if meta.is_floating_point() and name in tensors:
+                    tensors[name].copy_(subject.theirs.read(name))
+
+    def new_tokens(self, subject: Subject, wanted: int) -> int:
+        return wanted
+
+
+class ByBlock(Loading):
+    """The weights of one block at a time."""
+
+    name = "by_block"
+
+    def ours(self, subject: Subject) -> Transformer:
+        model = _ours_on_meta(subject.shape)
+        Streamed(model, units_of(model), partial(values_of, subject.ours, model, {}))
+        return model
+
+    def theirs(self, subject: Subject) -> Any:
+        loader = BlockLoader(subject.folder)
+        model = loader.skeleton()
+        self._streamed = Streamed(model, units_of(model), loader.values)
+        return model
+
+    def unround(self, loaded: Any, subject: Subject) -> None:
+        self._streamed.read_from(partial(values_of, subject.theirs, loaded, loaded.all_tied_weights_keys))
+
+    def new_tokens(self, subject: Subject, wanted: int) -> int:
+        return max(0, min(wanted, READS // (4 * subject.parameters) - 1))
+
+
+def load_theirs(folder: Path) -> Any:
+    """The folder's model in float32, as `from_pretrained` loads it, without permission to run code."""
+    from transformers import AutoModelForCausalLM
+
+    import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
+
+    options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
+    return complete(AutoModelForCausalLM.from_pretrained(folder, **options)).eval()
+
+
+def _ours_on_meta(shape: Shape) -> Transformer:
+    with torch.device("meta"):
+        model: Transformer = shape.config.build(vocab_size=shape.vocab_size)
+    return model.to(torch.float32).eval()
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """The distinct blocks: the layers of a model of transformers."""
+    ours = getattr(model, "model", model)
+    if isinstance(ours, Transformer):
+        return list(ours.stack.blocks.values())
+    return [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
