@@ -168,7 +168,7 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
     losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
-    norm = clip_gradients(model.parameters(), training.max_norm, training.world.stages, model.copies())
+    norm = clip_gradients(list(model.parameters()), training.max_norm, training.world.stages, model.copies())
     training.optimizer.step()
     training.optimizer.zero_grad()
     after_step(model, training.world.total_of_layers)

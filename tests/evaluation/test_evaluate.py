@@ -20,7 +20,8 @@ from tests.models.memory.test_long_term import T, memory_of, model_with, stream,
 from tests.models.tiny import VOCAB, tiny_model
 from titan_lite.evaluation.scoring import MemoryScorer, WindowScorer
 from titan_lite.hf.export import export
-from titan_lite.hf.verify import load_theirs, quiet_transformers
+from titan_lite.hf.loaded import load_theirs
+from titan_lite.hf.verify import quiet_transformers
 from titan_lite.run.evaluate import main
 
 CPU = torch.device("cpu")

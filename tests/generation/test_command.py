@@ -21,7 +21,8 @@ from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.generation import BeamSearch, Sampling, generate
 from titan_lite.hf.export import export
-from titan_lite.hf.verify import load_theirs, quiet_transformers
+from titan_lite.hf.loaded import load_theirs
+from titan_lite.hf.verify import quiet_transformers
 from titan_lite.pretrained import empty_model, load_pretrained
 
 CPU = torch.device("cpu")

@@ -82,7 +82,7 @@ def test_what_fits_is_taken(what: dict[str, Any]) -> None:
         (
             {"expert_parallel_degree": 2, "ffn": "glu"},
             EP,
-            'no layer of the model has any; 1, or model.ffn.type = "moe"',
+            'no layer of the model has any: model.ffn.type = "glu"; 1, or model.ffn.type = "moe"',
         ),
         (
             {"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2, "ffn": "glu"},

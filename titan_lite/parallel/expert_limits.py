@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from titan_lite.config.errors import CROSS_FIELD, NOT_AVAILABLE, Problem
+from titan_lite.config.errors import CROSS_FIELD, NOT_AVAILABLE, Problem, show
 from titan_lite.parallel.plan import DEGREE, EXPERT_DEGREE, SPLIT_DEGREE, divisors
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ def expert_problems(job: Job, world_size: int | None) -> Iterator[Problem]:
     elif not any(config.has_experts for config in _networks(job)):
         ep = layout.expert_parallel_degree
         key, value = (EXPERT_DEGREE, ep) if ep > 1 else (SPLIT_DEGREE, etp)
-        why = "spreads experts over ranks, and no layer of the model has any"
+        kind = show(job.model.ffn.model_dump()["type"])
+        why = f"spreads experts over ranks, and no layer of the model has any: model.ffn.type = {kind}"
         yield Problem(CROSS_FIELD, key, why, value, '1, or model.ffn.type = "moe" or "peer"')
     else:
         yield from _borrowed(job, world_size)

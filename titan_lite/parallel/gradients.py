@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def clip_gradients(
-    parameters: Iterable[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
     max_norm: float,
     stages: DeviceMesh | None,
     copies: Collection[nn.Parameter] = (),
@@ -30,6 +30,8 @@ def clip_gradients(
         if parameter.grad is not None:
             by_mesh[parameter.device_mesh if isinstance(parameter, DTensor) else None].append(parameter)
     norms = [_whole(get_total_norm(_gradients(group, copies))) for group in by_mesh.values()]
+    # A stage may be frozen as a whole.
+    norms = norms or [torch.zeros((), device=parameters[0].device)]
     norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
     if stages is not None:
         squared = norm.square()

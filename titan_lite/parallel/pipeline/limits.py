@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, NOT_AVAILABLE, ConfigError, Problem, show
+from titan_lite.config.errors import CROSS_FIELD, NOT_ALLOWED, ConfigError, Problem, show
 from titan_lite.models.layers import variants
 from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.residual import Admin
@@ -97,17 +97,17 @@ def _model(job: Job) -> Iterator[Problem]:
         why = f"runs blocks several times, or shares them between layers, and {DEGREE} = {degree} puts layers on "
         why += "different ranks"
         kind = model.stack.model_dump()["type"]
-        yield Problem(NOT_AVAILABLE, "model.stack.type", why, kind, f'"plain", or {DEGREE} = 1')
+        yield Problem(CROSS_FIELD, "model.stack.type", why, kind, f'"plain", or {DEGREE} = 1')
     if not isinstance(model.memory, NoLaneMemory.Config):
         why = f"keeps something of each layer for the next step, which {DEGREE} = {degree} does not do yet"
         kind = model.memory.model_dump()["type"]
-        yield Problem(NOT_AVAILABLE, "model.memory.type", why, kind, f'"none", or {DEGREE} = 1')
+        yield Problem(CROSS_FIELD, "model.memory.type", why, kind, f'"none", or {DEGREE} = 1')
     for variant in variants(model):
         residual = variant.layer.residual
         if isinstance(residual, Admin.Config) and residual.start == "profile":
             why = f"measures layer after layer before the first step, which {DEGREE} = {degree} does not do yet"
             allowed = f'"closed_form", or {DEGREE} = 1'
-            yield Problem(NOT_AVAILABLE, f"{variant.key('residual')}.start", why, "profile", allowed)
+            yield Problem(CROSS_FIELD, f"{variant.key('residual')}.start", why, "profile", allowed)
 
 
 def _ends(job: Job, plan: StagePlan) -> Iterator[Problem]:
