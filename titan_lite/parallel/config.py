@@ -188,6 +188,26 @@ class ActivationCheckpoint(ConfigBase):
                     why = "does not take effect in a compiled model: torch.compile traces checkpoints with "
                     why += f"{key} = {show(default)}"
                     yield Problem(CROSS_FIELD, f".{key}", why, value, f"{show(default)}, or compile.enable = false")
+            yield from self._whole_blocks_problems(job)
+
+    def _whole_blocks_problems(self, job: Job) -> Iterator[Problem]:
+        """Blocks recomputed as a whole, compiled, with parameters in them that are spread over ranks."""
+        layout = job.parallelism
+        degrees = {
+            "tensor_parallel_degree": layout.tensor_parallel_degree,
+            "expert_parallel_degree": layout.expert_parallel_degree,
+        }
+        spread = [f"parallelism.{key} = {degree}" for key, degree in degrees.items() if degree > 1]
+        whole = self.mode == "full" or self.selective_ac_option != "op"
+        if whole and spread:
+            why = (
+                f"recomputes whole blocks, which torch.compile (compile.enable) cannot do with {spread[0]}: its graph "
+            )
+            why += "would keep the mesh of a spread parameter for backward, and AOTAutograd keeps tensors only"
+            allowed = (
+                '"memory_budget", "none", or "selective" with selective_ac_option = "op"; or compile.enable = false'
+            )
+            yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
 
     def _uneven_problems(self, job: Job) -> Iterator[Problem]:
         every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
