@@ -103,11 +103,13 @@ class Fused:
                 return args[1](*args[2:], **kwargs)
             return run(*args, **kwargs)
 
-    def _kernel(self, node: fx.Node, values: dict[fx.Node, Any], index: int) -> Tensor:
-        like: Tensor = node.meta["val"]
+    def _kernel(self, node: fx.Node, values: dict[fx.Node, Any], index: int) -> Any:
+        like, *others = _results(node)
         leaves = list(dict.fromkeys(self._reads(node)))
         nbytes = sum(_nbytes(leaf) for leaf in (node, *leaves))
         note(Op(_name(node), "pointwise", like.dtype, 0, nbytes, "", node.name in self.again))
+        if others:  # a mean and a variance
+            return tuple(torch.empty_strided(x.size(), x.stride(), dtype=x.dtype) for x in (like, *others))
         for leaf in leaves:
             if self._overwritable(leaf, index) and _nbytes(leaf) == _nbytes(node):
                 old: Tensor = values[leaf]
@@ -185,6 +187,10 @@ def _is_needed(node: fx.Node) -> bool:
     return False
 
 
-def _nbytes(node: fx.Node) -> int:
+def _results(node: fx.Node) -> list[Tensor]:
     value = node.meta.get("val")
-    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0
+    return [each for each in (value if isinstance(value, tuple | list) else [value]) if isinstance(each, Tensor)]
+
+
+def _nbytes(node: fx.Node) -> int:
+    return sum(value.numel() * value.element_size() for value in _results(node))

@@ -91,6 +91,8 @@ def llama(n_layers: int, config: ActivationCheckpoint, compiled: Compile | None 
         nn.init.normal_(parameter, std=0.05)
     apply_activation_checkpointing(model, config)
     compile_blocks(model, compiled or Compile(), config)
+    if config.offload:
+        offload.offload_activations(model)
     context = model.context(torch.randint(VOCAB, (B, T)))
     return Inputs(model, torch.randn(B, T, D, requires_grad=True), context)
 

@@ -32,7 +32,7 @@ def of_a_micro_batch(parallelism: dict[str, Any]) -> Counter[Collective]:
     training = twins.built(tables)
     with Collectives() as found:
         training.world.forward_backward(
-            training.model, [lambda: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
+            training.model, [lambda model: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
         )
     return Counter(call for call in found.calls if call.kind in FUNCTIONAL)
 

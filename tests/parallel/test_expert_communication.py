@@ -27,7 +27,7 @@ def of_a_micro_batch(ffn: dict[str, Any], mode: dict[str, str]) -> tuple[dict[st
     training = twins.built(tables)
     with Collectives() as found:
         training.world.forward_backward(
-            training.model, [lambda: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
+            training.model, [lambda model: mean_loss(training, twins.share(training, 0), 1.0, 0)], last=0
         )
     functional = [name for name in found.counts if name.startswith("tp")]  # FSDP's are not
     return (
