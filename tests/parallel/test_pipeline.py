@@ -27,6 +27,8 @@ ZBV = {"pipeline_parallel_schedule": "ZBVZeroBubble"}
 DUAL = {"pipeline_parallel_schedule": "DualPipeV"}
 HALF = {"training": {"local_batch_size": 2}}
 """Two micro-batches: with one process's rows two runs of the schedule, or two data-parallel ranks."""
+RUN = 4
+"""Rows of a run of the schedule, of which a step of one data-parallel rank takes two."""
 EXPERTS = {"ffn": MOE["ffn"] | {"balance": ["sequence"]}}
 """The balance of a micro-batch depends on how many rows it has."""
 LISTS = [["embedding"], ["stack.blocks.0", "stack.blocks.1", "stack.blocks.2"], ["stack.blocks.3"], ["norm", "head"]]
@@ -35,6 +37,7 @@ LISTS = [["embedding"], ["stack.blocks.0", "stack.blocks.1", "stack.blocks.2"], 
 def piped(parallelism: dict[str, Any], **sections: Any) -> dict[str, Any]:
     """A tiny job of four layers on a pipeline, of two ranks if nothing else is said."""
     sections["model"] = {"n_layers": 4} | sections.get("model", {})
+    sections["training"] = {"local_batch_size": RUN} | sections.get("training", {})
     return tables(**sections, parallelism={"pipeline_parallel_degree": 2} | parallelism)
 
 

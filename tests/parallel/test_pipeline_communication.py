@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from tests.distributed.pool import WorkerPool
 from tests.parallel import twins
-from tests.parallel.test_pipeline import TP, piped
+from tests.parallel.test_pipeline import RUN, TP, piped
 from titan_lite.step import mean_loss
 
 B, T, D, MICRO_BATCHES = 1, twins.T, 32, 4
@@ -38,7 +38,7 @@ class Messages(TorchDispatchMode):
 
 def of_a_run(sections: dict[str, Any]) -> tuple[dict[str, int], dict[str, int]]:
     training = twins.built(sections)
-    rows = twins.micro_batches(training, 0)
+    rows = twins.micro_batches(training, 0)[:RUN]
 
     def loss(index: int) -> Any:
         return lambda model: mean_loss(twins.replace(training, model=model), rows[index], 1.0, 0)

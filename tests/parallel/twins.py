@@ -108,7 +108,7 @@ def steps(tables: dict[str, Any], n: int = 3) -> Steps:
         training.world.close()
 
 
-def run(training: Training, n: int, size: int) -> Steps:
+def run(training: Training, n: int, size: int = ROWS) -> Steps:
     """The first n steps, in micro-batches of `size` rows."""
     gradients: dict[str, Tensor] = {}
 

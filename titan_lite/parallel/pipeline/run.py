@@ -92,13 +92,13 @@ def borders(job: Job, world: World, plan: StagePlan) -> list[Border]:
     rows, tokens = job.parallelism.pipeline_parallel_microbatch_size, job.training.seq_len // world.cp_size
     dim, layers, ranks = job.model.dim, job.model.each_layer(), world.tp_size
     found = []
-    for its in plan.layers:
+    for stage, its in enumerate(plan.layers):
         carried: dict[str, tuple[int, int]] = {}
         for layer in layers[: its.start]:
             carried = layer.attention.leaves(dim) | carried
         names = tuple(sorted(carried))
         values = [(rows, max(1, carried[name][0] // ranks), tokens, carried[name][1]) for name in names]
-        found.append(Border(names, ((rows, tokens // ranks, dim), *values) if its.start else ()))
+        found.append(Border(names, ((rows, tokens // ranks, dim), *values) if stage else ()))
     return found
 
 
