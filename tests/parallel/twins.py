@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -176,7 +177,8 @@ def differences(one: Steps, other: Steps, tolerance: Tolerance = EXACT) -> list[
 
 
 def _scalars_apart(one: list[float], other: list[float]) -> dict[str, float]:
-    return {f"step {i}": abs(a - b) / abs(a) for i, (a, b) in enumerate(zip(one, other, strict=True))}
+    pairs = itertools.zip_longest(one, other, fillvalue=math.nan)
+    return {f"step {i}": abs(a - b) / abs(a) for i, (a, b) in enumerate(pairs)}
 
 
 def _apart(one: Mapping[str, Tensor], other: Mapping[str, Tensor], small: Tensor) -> dict[str, float]:
