@@ -9,6 +9,7 @@ from torch import Tensor
 
 from titan_lite.models.context import Context, Memory, NoMemory
 from titan_lite.models.position import Position
+from titan_lite.models.row import WHOLE
 from titan_lite.models.spec import collect_specs
 
 ATOL = 1e-5
@@ -38,7 +39,7 @@ class Zeros(NoMemory):
 def context_of(memory: Memory, length: int) -> Context:
     """What positions read of the context of a forward over `length` more tokens."""
     nothing = Context._make([None] * len(Context._fields))
-    return nothing._replace(positions=torch.arange(memory.length, memory.length + length), memory=memory)
+    return nothing._replace(row=WHOLE, positions=torch.arange(memory.length, memory.length + length), memory=memory)
 
 
 def context(length: int, start: int = 0) -> Context:
