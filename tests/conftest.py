@@ -12,6 +12,7 @@ os.environ["HF_DATASETS_OFFLINE"] = "1"
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,6 +35,26 @@ def pool2() -> Iterator[WorkerPool]:
 def pool4() -> Iterator[WorkerPool]:
     """Four gloo ranks; started by the first test that runs something on them."""
     yield from _pool(4)
+
+
+@pytest.fixture(scope="module")
+def cpu_alone() -> Iterator[None]:
+    """Models run on the CPU, so configs are judged as on a machine without CUDA."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def level_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that levels of `tests/combinations` read their files from."""
+    from tests.combinations.factors import write_files
+
+    path = tmp_path_factory.mktemp("files")
+    write_files(path)
+    return path
 
 
 @pytest.fixture(autouse=True)

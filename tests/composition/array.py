@@ -26,6 +26,7 @@ from tests.composition.techniques import (
     rounded_factors,
     rounds,
 )
+from tests.parallel.features import cut_matters
 from tests.parallel.twins import EXACT, ROWS, Tolerance
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
@@ -133,11 +134,6 @@ def pair(row: Row, factors: Mapping[str, Factor], folder: Path) -> Pair:
             table = table[part]
         table[name] = value
     return Pair(several, one, layout.ranks)
-
-
-def cut_matters(row: Row) -> bool:
-    """Whether the row has statistics over a micro-batch; its config warns of them."""
-    return row["model.ffn.query_norm"] == "batch" or "micro_batch" in row["model.ffn.balance"]
 
 
 def text_of(row: Row, factors: Mapping[str, Factor]) -> str:

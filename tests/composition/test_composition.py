@@ -6,11 +6,9 @@ python -m tests.composition                           the same, and the table in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.combinations.factors import write_files
 from tests.composition.array import arrays, text_of
@@ -20,6 +18,7 @@ from tests.composition.techniques import DIM
 from tests.distributed.pool import WorkerPool
 from titan_lite.config.load import job_from_dict
 
+pytestmark = pytest.mark.usefixtures("cpu_alone")
 SAMPLE = {"eager": 12, "rounded": 3, "compiled": 2, "inductor": 1}
 """The first rows of each array: those that cover the most."""
 BY_NAME = {array.name: array for array in arrays()}
@@ -34,14 +33,6 @@ REFUSED = {
     "quantize.linear.float8.enable_fsdp_float8_all_gather",  # one scale for a weight
 }
 """The keys of all refusals of two settings that are there by themselves."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cpu_alone() -> Iterator[None]:
-    """The models run on the CPU, so configs are judged as on a machine without CUDA."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -132,3 +132,12 @@ def test_a_notice_where_balance_is_not_exact() -> None:
     assert not job(debug={"moe_force_load_balance": True}).warnings
     (notice,) = job(debug={"moe_force_load_balance": True}, ffn=ffn).warnings
     assert "model.ffn.n_experts = 48 does not divide the 4096 choices of a row" in notice
+
+
+def test_what_does_not_overlap_is_told() -> None:
+    layout = {"expert_parallel_degree": 2, "pipeline_parallel_degree": 2}
+    told = job_from_dict({"model": {"ffn": "moe", "n_layers": 4}, "parallelism": layout}).warnings
+    assert any("pipeline_parallel_expert_parallel_overlap has no effect" in line for line in told)
+    quiet = layout | {"pipeline_parallel_expert_parallel_overlap": False}
+    told = job_from_dict({"model": {"ffn": "moe", "n_layers": 4}, "parallelism": quiet}).warnings
+    assert not any("overlap" in line for line in told)

@@ -94,4 +94,5 @@ def test_torchtitan_names_of_modules() -> None:
 
 
 def test_a_pipeline_is_idle_without_ranks() -> None:
-    job_from_dict(alone(parallelism={"pipeline_parallel_schedule": "nothing of the kind"}))
+    job = job_from_dict(alone(parallelism={"pipeline_parallel_schedule": "nothing of the kind"}))
+    assert not any("pipeline" in warning for warning in job.warnings)

@@ -67,7 +67,7 @@ class Parallelism(ConfigBase):
     pipeline_parallel_microbatch_size: PositiveInt = 1
     """Sequences per pipeline micro-batch."""
     pipeline_parallel_expert_parallel_overlap: bool = True
-    """Overlap expert communication with pipeline computation where the schedule can."""
+    """Overlap expert communication with pipeline computation where the schedule can: a key of torchtitan, idle here."""
     context_parallel_degree: PositiveInt = 1
     """Ranks over which each row's tokens are split: twice this number divides seq_len."""
     context_parallel_method: Literal["ring", "ulysses"] = "ring"
@@ -118,6 +118,12 @@ class Parallelism(ConfigBase):
         yield from row_problems(job)
         yield from expert_problems(job, world_size)
         yield from pipeline_problems(job, world_size)
+
+    def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+        piped = self.pipeline_parallel_degree > 1 and self.spreads_experts
+        if piped and self.pipeline_parallel_expert_parallel_overlap:
+            key = "parallelism.pipeline_parallel_expert_parallel_overlap"
+            yield f"{key} has no effect: tokens that travel are waited for"
 
 
 def _op_or_every_nth(value: str) -> str:
