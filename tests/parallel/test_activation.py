@@ -298,15 +298,6 @@ def test_sharded_and_accumulated_equals_one_process(pool2, more: dict[str, Any])
         ),
         ({"activation_checkpoint": {"selective_ac_option": "op", "offload": True}}, "offload", "a store of their own"),
         (
-            {
-                "activation_checkpoint": {"mode": "full"},
-                "compile": {"enable": True},
-                "parallelism": {"tensor_parallel_degree": 2},
-            },
-            "mode",
-            "tensor_parallel_degree = 2",
-        ),
-        (
             {"activation_checkpoint": {"mode": "full", "early_stop": True}, "compile": {"enable": True}},
             "early_stop",
             "early_stop = false",

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from titan_lite.models.transformer import Transformer
@@ -45,12 +46,20 @@ Everything else is computed again: norms, activations, rotations, masks and the 
 little time for their size."""
 
 
-def apply_activation_checkpointing(model: Transformer, config: ActivationCheckpoint) -> None:
-    """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are."""
+def apply_activation_checkpointing(
+    model: Transformer, config: ActivationCheckpoint, compiled_on_cpu: bool = False
+) -> None:
+    """Makes the chosen blocks recompute in backward, in place; parameter names stay as they are.
+
+    A block that is compiled for the CPU and has parameters spread over ranks keeps what may be random in it, which is
+    fused attention: AOTAutograd (torch 2.13) hands the state of a CPU's generator to the graph of backward where it
+    looks for the parameters' mesh. A GPU's state takes another way.
+    """
     chosen = _chosen(model.executed(), config)
     for path, block in model.blocks().items():
         if path in chosen:
-            block.forward = _checkpointed(block.forward, _keywords(model, path, block, config))
+            keep_random = compiled_on_cpu and any(isinstance(p, DTensor) for p in block.parameters())
+            block.forward = _checkpointed(block.forward, _keywords(model, path, block, config, keep_random))
 
 
 def draw_memory_budgets(config: ActivationCheckpoint, folder: Path) -> None:
@@ -72,7 +81,9 @@ def _chosen(executed: Sequence[str], config: ActivationCheckpoint) -> set[str]:
     return set(executed)
 
 
-def _keywords(model: Transformer, path: str, block: nn.Module, config: ActivationCheckpoint) -> dict[str, Any]:
+def _keywords(
+    model: Transformer, path: str, block: nn.Module, config: ActivationCheckpoint, keep_random: bool
+) -> dict[str, Any]:
     """What torch's checkpoint of a block is called with."""
     keywords: dict[str, Any] = {
         "use_reentrant": False,
@@ -85,7 +96,9 @@ def _keywords(model: Transformer, path: str, block: nn.Module, config: Activatio
         patterns = config.per_op_sac_force_recompute_mm_shapes_by_fqns
         shapes = _weight_shapes(path, block, patterns)
         shapes |= _weight_shapes("stack.shared", getattr(model.stack, "shared", nn.Module()), patterns)
-        keywords["context_fn"] = partial(_per_op_contexts, shapes)
+        keywords["context_fn"] = partial(_per_op_contexts, shapes, keep_random)
+    elif keep_random:
+        keywords["context_fn"] = _random_kept_contexts
     return keywords
 
 
@@ -104,10 +117,12 @@ def _weight_shapes(path: str, block: nn.Module, patterns: Sequence[str]) -> set[
     return {module.weight.t().shape for name, module in matrices if any(pattern in name for pattern in patterns)}
 
 
-def _per_op_contexts(recomputed_shapes: set[torch.Size]) -> tuple[Any, Any]:
+def _per_op_contexts(recomputed_shapes: set[torch.Size], keep_random: bool) -> tuple[Any, Any]:
     counter = itertools.count()
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        if keep_random and _is_random(op):
+            return CheckpointPolicy.MUST_SAVE
         if (weight := MATRIX_PRODUCTS.get(op)) is None:
             return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS else CheckpointPolicy.PREFER_RECOMPUTE
         if args[weight].shape in recomputed_shapes or next(counter) % 2:
@@ -115,3 +130,14 @@ def _per_op_contexts(recomputed_shapes: set[torch.Size]) -> tuple[Any, Any]:
         return CheckpointPolicy.MUST_SAVE
 
     return create_selective_checkpoint_contexts(policy)
+
+
+def _random_kept_contexts() -> tuple[Any, Any]:
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if _is_random(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return create_selective_checkpoint_contexts(policy)
+
+
+def _is_random(op: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())

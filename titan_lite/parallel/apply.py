@@ -34,7 +34,8 @@ def parallelize(model: Transformer, job: Job, world: World, precision: Precision
     if world.stages is not None:
         split_model(model, job, world)
     _divide_layers(model, job, world, precision)
-    apply_activation_checkpointing(model, job.activation_checkpoint)
+    compiled_on_cpu = job.compile.compiles("model") and world.device.type == "cpu"
+    apply_activation_checkpointing(model, job.activation_checkpoint, compiled_on_cpu)
     draw_memory_budgets(job.activation_checkpoint, Path(job.job.dump_folder))
     compile_blocks(model, job.compile, job.activation_checkpoint)
     if isinstance(model, PipelinedTransformer):

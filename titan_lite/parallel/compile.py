@@ -19,7 +19,7 @@ GRAPHS_PER_BLOCK = 8
 
 def compile_blocks(model: Transformer, config: Compile, checkpoint: ActivationCheckpoint) -> None:
     """Compiles each distinct block in place; equal blocks share one graph."""
-    if config.enable and "model" in config.components:
+    if config.compiles("model"):
         # All blocks share one cache, and torch gives up on the ninth graph: layers may all be different.
         limit = torch._dynamo.config.recompile_limit
         torch._dynamo.config.recompile_limit = max(limit, GRAPHS_PER_BLOCK * len(model.blocks()))
@@ -52,6 +52,6 @@ def _budgeted(backend: str, checkpoint: ActivationCheckpoint) -> Callable[..., A
 
 def loss_compiler(config: Compile) -> Wrap:
     """What to wrap the functions of logits in: torch.compile where the config says so, else nothing."""
-    if config.enable and "loss" in config.components:
+    if config.compiles("loss"):
         return partial(torch.compile, backend=config.backend, fullgraph=True)
     return lambda function: function

@@ -168,7 +168,7 @@ class ActivationCheckpoint(ConfigBase):
 
     def _compiler_problems(self, job: Job) -> Iterator[Problem]:
         """Where the compiler is to choose what is kept, or torch.compile leaves a setting out."""
-        compiled = job.compile.enable and "model" in job.compile.components
+        compiled = job.compile.compiles("model")
         if self.mode == "memory_budget":
             if not compiled:
                 why = (
@@ -194,26 +194,6 @@ class ActivationCheckpoint(ConfigBase):
                     why = "does not take effect in a compiled model: torch.compile traces checkpoints with "
                     why += f"{key} = {show(default)}"
                     yield Problem(CROSS_FIELD, f".{key}", why, value, f"{show(default)}, or compile.enable = false")
-            yield from self._whole_blocks_problems(job)
-
-    def _whole_blocks_problems(self, job: Job) -> Iterator[Problem]:
-        """Blocks recomputed as a whole, compiled, with parameters in them that are spread over ranks."""
-        layout = job.parallelism
-        degrees = {
-            "tensor_parallel_degree": layout.tensor_parallel_degree,
-            "expert_parallel_degree": layout.expert_parallel_degree,
-        }
-        spread = [f"parallelism.{key} = {degree}" for key, degree in degrees.items() if degree > 1]
-        whole = self.mode == "full" or self.selective_ac_option != "op"
-        if whole and spread:
-            why = (
-                f"recomputes whole blocks, which torch.compile (compile.enable) cannot do with {spread[0]}: its graph "
-            )
-            why += "would keep the mesh of a spread parameter for backward, and AOTAutograd keeps tensors only"
-            allowed = (
-                '"memory_budget", "none", or "selective" with selective_ac_option = "op"; or compile.enable = false'
-            )
-            yield Problem(CROSS_FIELD, ".mode", why, self.mode, allowed)
 
     def _uneven_problems(self, job: Job) -> Iterator[Problem]:
         every, executed = int(self.selective_ac_option), job.model.stack.executed(job.model.n_layers)
@@ -245,6 +225,9 @@ class Compile(ConfigBase):
     """Parts to compile."""
     backend: str = "inductor"
     """Backend of torch.compile."""
+
+    def compiles(self, component: Literal["model", "loss"]) -> bool:
+        return self.enable and component in self.components
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
         if not self.enable or self.backend == "inductor":

@@ -137,7 +137,7 @@ class Float8Linear(LinearConverter):
     def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
         if FLOAT8 not in job.model.converters:
             return
-        if has_cuda() and not self.emulate and not (job.compile.enable and "model" in job.compile.components):
+        if has_cuda() and not self.emulate and not job.compile.compiles("model"):
             yield f"model.converters has {FLOAT8}, which is slower than bfloat16 without compile.enable"
         replicas = job.parallelism.data_parallel_replicate_degree
         ranks = None if world_size is None else job.parallelism.data_parallel_degree(world_size)

@@ -140,7 +140,7 @@ def _split_backward(job: Job) -> Iterator[Problem]:
     key, value = ("parallelism.pipeline_parallel_schedule_csv", file) if file else (SCHEDULE, name)
     whole = ", ".join(name for name, kind in KINDS.items() if not kind.splits)
     halves = "runs backward in two halves, of inputs and of weights, "
-    if job.compile.enable and "model" in job.compile.components:
+    if job.compile.compiles("model"):
         why = f"{halves}and torch.compile makes one graph of both: compile.enable, compile.components"
         yield Problem(CROSS_FIELD, key, why, value, f"{whole}; or the model not compiled")
     checkpoint = job.activation_checkpoint
