@@ -41,6 +41,7 @@ COMPILED = {
     "compile": {"enable": True, "backend": "aot_eager"},
     "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
 }
+WHOLE_BLOCKS = {"activation_checkpoint": {"mode": "full"}}
 
 CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     # name: ranks, parallelism, what both runs have, what only the parallel one has
@@ -62,9 +63,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"training": {"loss_chunk_tokens": 0}},
         {},
     ),
-    "pass recomputed": (2, PASS, {}, {"activation_checkpoint": {"mode": "full"}}),
+    "pass recomputed": (2, PASS, {}, WHOLE_BLOCKS),
     "gather recomputed per op": (2, GATHER, {}, {"activation_checkpoint": COMPILED["activation_checkpoint"]}),
     "pass compiled": (2, PASS, {"model": {"n_layers": 1} | GAINS}, COMPILED),
+    # A rank that sees no other keeps step with those that do, in forward, backward and recomputation.
+    "pass compiled, undealt": (2, PASS | NEXT, {"model": {"n_layers": 1}}, COMPILED | WHOLE_BLOCKS),
+    "gather compiled, undealt": (2, GATHER | NEXT, {"model": {"n_layers": 2}}, COMPILED | WHOLE_BLOCKS),
 }
 
 

@@ -76,9 +76,14 @@ class AllGather:
             yield Part(whole[:, :, start:stop], torch.arange(start, stop, device=whole.device), first)
 
     def _stretches(self, n_own: int) -> Iterator[tuple[int, int, int]]:
-        """Tokens of others between this rank's chunks: the first of its queries that sees them, start and stop."""
+        """Tokens of others between this rank's chunks: the first of its queries that sees them, start and stop.
+
+        A rank with the first chunk alone has one stretch behind it, which none of its queries see.
+        """
         own_chunks = self.row.chunks[self.row.rank]
         size = n_own // len(own_chunks)
+        if own_chunks == (0,):
+            yield n_own, n_own, self.row.size * n_own
         start = 0
         for number, chunk in enumerate(own_chunks):
             if start < chunk * size:
@@ -100,9 +105,7 @@ class AllToAll:
             there = ops.wait_tensor(arriving).view(kv.shape)
             if step < self.row.size - 1:
                 arriving = self.row.passing(there)
-            part = self._seen(there, (self.row.rank - step) % self.row.size)
-            if part is not None:
-                yield part
+            yield self._seen(there, (self.row.rank - step) % self.row.size)
 
     def backward(self, kv: Tensor, gradients: Gradients) -> Tensor:
         arriving = self.row.passing(kv)
@@ -119,13 +122,13 @@ class AllToAll:
         assert moving is not None, "a row of one rank is not split"
         return of_own + ops.wait_tensor(moving).view(kv.shape)
 
-    def _seen(self, kv: Tensor, source: int) -> Part | None:
-        """Of another rank's tokens those that this rank's queries see."""
+    def _seen(self, kv: Tensor, source: int) -> Part:
+        """Of another rank's tokens those that this rank's queries see; all, for no query, where they see none."""
         mine, theirs = self.row.chunks[self.row.rank], self.row.chunks[source]
         size = kv.shape[2] // len(theirs)
         before = [chunk for chunk in theirs if chunk < mine[-1]]
         if not before:
-            return None
+            return Part(kv, positions(self.row, source, kv), kv.shape[2])
         first = sum(chunk < before[0] for chunk in mine)
         assert mine[first] > before[-1], "queries see all of these chunks or none"
         n_keys = len(before) * size
@@ -135,8 +138,7 @@ class AllToAll:
         """The gradient of another rank's kv from this rank's queries."""
         found = torch.zeros_like(kv, dtype=torch.float32)
         part = self._seen(kv, source)
-        if part is not None:
-            found[:, :, : part.kv.shape[2]] = gradients(part)
+        found[:, :, : part.kv.shape[2]] = gradients(part)
         return found
 
 
@@ -238,6 +240,9 @@ class _Attention(torch.autograd.Function):
         around = _surroundings(ring, at, documents, key, rows)
         merged: tuple[Tensor, Tensor] | None = None
         for part in ring.parts(kv):
+            if merged is not None and part.first == q.shape[2]:
+                merged = after(merged[0], [part.kv]), merged[1]
+                continue
             new = partial.forward(q[:, :, part.first :], part, around)
             merged = (new[0].float(), new[1]) if merged is None else merge(*merged, *new)
         assert merged is not None
@@ -257,12 +262,26 @@ class _Attention(torch.autograd.Function):
         of_q = torch.zeros_like(q, dtype=torch.float32)
 
         def gradients(part: Part) -> Tensor:
+            if part.first == q.shape[2]:
+                # After grad, too: what no gradient is in, a compiler computes in forward.
+                return after(torch.zeros_like(part.kv, dtype=torch.float32), [part.kv, grad])
             found, of_kv = ctx.partial.backward(whole.behind(part.first), q[:, :, part.first :], part, around)
             of_q[:, :, part.first :] += found
             return of_kv.float()
 
         of_kv = ctx.ring.backward(kv, gradients)
         return None, None, of_q.to(q.dtype), of_kv.to(kv.dtype), None, None, None, None
+
+
+@torch.library.custom_op("titan_lite::after", mutates_args=())
+def after(x: Tensor, others: list[Tensor]) -> Tensor:
+    """x, once the others are there: graphs leave out a collective that nothing reads, and other ranks wait for it."""
+    return x.clone()
+
+
+@after.register_fake
+def _(x: Tensor, others: list[Tensor]) -> Tensor:
+    return torch.empty_like(x)
 
 
 def _surroundings(
