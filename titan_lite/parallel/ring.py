@@ -256,6 +256,8 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, of_lse: Tensor | None) -> tuple[Any, ...]:
         q, kv, y, lse, at, documents, key, rows = ctx.saved_tensors
+        if torch.compiler.is_compiling():
+            kv = after(kv, [grad])  # what no gradient is in, a compiler computes in forward, and keeps
         around = _surroundings(ctx.ring, at, documents, key, rows)
         delta = (grad.float() * y.float()).sum(-1)
         whole = Whole(grad, y, lse, delta if of_lse is None else delta - of_lse)
@@ -263,8 +265,7 @@ class _Attention(torch.autograd.Function):
 
         def gradients(part: Part) -> Tensor:
             if part.first == q.shape[2]:
-                # After grad, too: what no gradient is in, a compiler computes in forward.
-                return after(torch.zeros_like(part.kv, dtype=torch.float32), [part.kv, grad])
+                return after(torch.zeros_like(part.kv, dtype=torch.float32), [part.kv])
             found, of_kv = ctx.partial.backward(whole.behind(part.first), q[:, :, part.first :], part, around)
             of_q[:, :, part.first :] += found
             return of_kv.float()
