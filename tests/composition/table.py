@@ -194,8 +194,8 @@ CONSTANTS: Mapping[str, float] = {
 UNSTABLE = """## Models that make more of a rounding than the bounds
 
 One process differs from itself by the numbers in parentheses once each of its weights is off by one rounding (6e-8 of
-it, up or down). These jobs differ from it by less than that, which is all that can be asked; the tables leave out by how
-much.
+it, up or down). These jobs differ from it by less than that, which is all that can be asked; the tables leave out how
+much that is.
 """
 ABOUT = """# Composition: every feature with every technique
 
