@@ -82,7 +82,8 @@ class Covering:
 
     def _cover(self, pair: Pair) -> None:
         """Adds a row with the pair, or shows that there is none, or learns why the best one is refused."""
-        found = self._filled((1 << len(self.settings)) - 1, [self.bit[setting] for setting in pair])
+        allowed = self._consistent(pair)
+        found = self._filled(allowed, [self.bit[setting] for setting in pair]) if allowed else 0
         if not found:
             self.impossible.append(pair)
             self._strike(pair)
@@ -133,6 +134,23 @@ class Covering:
             if found := self._filled(allowed, [bit]):
                 return found
         return 0
+
+    def _consistent(self, pair: Pair) -> int:
+        """Settings that may be in a row with the pair: each factor has one that fits to each of them; 0 for no row.
+
+        A search would find that out too, but only behind all choices for factors that have nothing to do with it.
+        """
+        allowed = (1 << len(self.settings)) - 1
+        for setting in pair:
+            allowed &= self.fits[self.bit[setting]]
+        before = 0
+        while allowed != before:
+            before = allowed = self._narrowed(allowed)
+            for bit in _bits(allowed):
+                both = allowed & self.fits[bit]
+                if not all(both & domain for domain in self.domain.values()):
+                    allowed &= ~bit
+        return allowed
 
     def _narrowed(self, allowed: int) -> int:
         """What is still possible, once each factor with one level left has it; 0 where one has none left."""

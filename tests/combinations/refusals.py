@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from tests.combinations.covering import Nogood
 from tests.combinations.factors import ABSENT, Factor, Row, tables_of
@@ -21,21 +22,26 @@ class AccidentError(AssertionError):
     """A refusal that is none of a rule: it does not name the settings that do not fit together."""
 
 
-def job_of(row: Row, factors: Mapping[str, Factor], folder: Path, world_size: int | None = None) -> Job:
+def job_of(row: Row, factors: Mapping[str, Factor], folder: Path) -> Job:
     """The job of a row; ConfigError where it is refused."""
-    return job_from_dict(tables_of(row, factors, folder), world_size)
+    return job_from_dict(tables_of(row, factors, folder))
 
 
-def refused(row: Row, factors: Mapping[str, Factor], folder: Path, world_size: int | None = None) -> list[Nogood]:
-    """The levels that each problem of the row names. AccidentError for a problem of another kind, or with one name."""
+def refused(row: Row, factors: Mapping[str, Factor], folder: Path) -> list[Nogood]:
+    """`nogoods` of a row's job."""
+    return nogoods(tables_of(row, factors, folder), row)
+
+
+def nogoods(tables: dict[str, Any], row: Row, world_size: int | None = None) -> list[Nogood]:
+    """The levels that each problem of a row's job names. AccidentError for one of another kind, or with one name."""
     try:
-        job_of(row, factors, folder, world_size)
+        job_from_dict(tables, world_size)
     except ConfigError as error:
         found = [_named(problem, row) for problem in error.problems]
-        nogoods = [frozenset((key, row[key]) for key in keys) for keys in found if keys]
-        if not nogoods:
+        sets = [frozenset((key, row[key]) for key in keys) for keys in found if keys]
+        if not sets:
             raise AccidentError(f"refused for what is no level of a factor:\n{error}") from None
-        return nogoods
+        return sets
     return []
 
 

@@ -51,7 +51,8 @@ def tried(array: Array, row: Row, pools: Mapping[int, WorkerPool], files: Path, 
     try:
         return compared(pair(row, array.factors, files), pools, folder, tolerance_of(row))
     except Exception as error:
-        return Outcome({}, [f"{type(error).__name__}: {str(error)[-1500:]}"])
+        said = str(error).partition("\n--- log of rank")[0]  # which a worker pool adds
+        return Outcome({}, [f"{type(error).__name__}: {said[-1500:]}"])
 
 
 def refusals(array: Array, covering: Covering, folder: Path) -> dict[Settings, str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tests.combinations.covering import Setting
 from tests.combinations.factors import Factor, Level, factors
-from tests.composition.layouts import LAYOUTS
+from tests.composition.layouts import DENSE, SPREAD, Layout
 from tests.parallel.twins import ROWS
 from titan_lite.config.features import choices
 from titan_lite.models.ffn import FFN
@@ -17,7 +18,6 @@ LAYOUT, KIND = "parallelism", "kind of layout"
 MICRO_BATCHES = "training.local_batch_size"
 COMPILED = {name: {"enable": True, "backend": name} for name in ("aot_eager", "inductor")}
 EAGER: dict[str, dict[str, Any]] = {
-    LAYOUT: {layout.name: dict(layout.parallelism) for layout in LAYOUTS},
     "activation_checkpoint": {
         "none": {"mode": "none"},
         "full": {"mode": "full"},
@@ -32,8 +32,11 @@ EAGER: dict[str, dict[str, Any]] = {
 }
 """{key: {level: value}}, the plainest level first. They leave what is computed as it is: equal up to the order of
 sums to one process at the first level of each. For micro-batches the value is replaced by a rank's rows, or half."""
-BUDGET = {"memory budget": {"mode": "memory_budget"}}
-"""The checkpointing of compiled models alone."""
+CHECKPOINTING: dict[str, dict[str, Any]] = {
+    "activation_checkpoint": EAGER["activation_checkpoint"] | {"memory budget": {"mode": "memory_budget"}}
+}
+"""That of compiled models, too."""
+MAYBE_COMPILED: dict[str, dict[str, Any]] = {"compile": {"off": {}, "aot_eager": COMPILED["aot_eager"]}}
 ROUNDED: dict[str, dict[str, Any]] = {
     "training.mixed_precision_param": {"float32": "float32", "bfloat16": "bfloat16"},
     "training.dtype": {"float32": "float32", "bfloat16": "bfloat16"},
@@ -47,34 +50,57 @@ OF_FLOAT8: dict[str, dict[str, Any]] = {
 """In the table of the converter."""
 STORED = "model.param_dtype"
 """The factor of the model that rounds: some parameters rest in another dtype."""
-PLAIN = {key: next(iter(levels.values())) for key, levels in (EAGER | ROUNDED).items()} | {"compile": {}}
+PLAIN = {key: next(iter(levels.values())) for key, levels in (EAGER | ROUNDED).items()} | {LAYOUT: {}, "compile": {}}
 del PLAIN["training.dtype"]  # what is at rest, a checkpoint does not cast
 
 
 def model_factors() -> dict[str, Factor]:
     """What a model can be made of, and its width: a quarter of which float8 still takes, for four ranks."""
-    wide = frozenset(name for name, choice in choices(FFN.Config) if "hidden" in choice.model_fields)
-    hidden = Factor("model.ffn.hidden", ("model", "ffn", "hidden"), "model.ffn", (Level("64", DIM, wide),), wide)
     dim = Factor("model.dim", ("model", "dim"), "", (Level("64", DIM, frozenset()),), frozenset())
-    return factors() | {hidden.key: hidden, dim.key: dim}
+    return factors() | _width_within("model.ffn") | {dim.key: dim}
+
+
+def _width_within(slot: str) -> dict[str, Factor]:
+    """That of networks in a slot."""
+    wide = frozenset(name for name, choice in choices(FFN.Config) if "hidden" in choice.model_fields)
+    key = f"{slot}.hidden"
+    return {key: Factor(key, tuple(key.split(".")), slot, (Level("64", DIM, wide),), wide)}
 
 
 def eager_factors() -> dict[str, Factor]:
     """Of fp32, not compiled."""
-    return _of_fp32(model_factors()) | _factors(EAGER)
+    return _of_fp32(model_factors()) | _factors(EAGER) | _layouts(DENSE)
 
 
 def compiled_factors(backend: str) -> dict[str, Factor]:
     """Of fp32, compiled by a backend."""
-    checkpointing = {"activation_checkpoint": EAGER["activation_checkpoint"] | BUDGET}
-    return _of_fp32(model_factors()) | _factors(EAGER | checkpointing | {"compile": {backend: COMPILED[backend]}})
+    techniques = EAGER | CHECKPOINTING | {"compile": {backend: COMPILED[backend]}}
+    return _of_fp32(model_factors()) | _factors(techniques) | _layouts(DENSE)
 
 
 def rounded_factors() -> dict[str, Factor]:
-    """Of all there is."""
-    techniques = EAGER | {"compile": {"off": {}, "aot_eager": COMPILED["aot_eager"]}} | ROUNDED
+    """Of all there is but for rows, layers and experts over ranks."""
+    return _all_techniques() | _layouts(DENSE)
+
+
+def spread_factors() -> dict[str, Factor]:
+    """Of fp32, compiled or not, with rows, layers and experts over ranks."""
+    return _of_fp32(model_factors()) | _spread(_factors(EAGER | CHECKPOINTING | MAYBE_COMPILED))
+
+
+def spread_rounded_factors() -> dict[str, Factor]:
+    """Of all there is with rows, layers and experts over ranks."""
+    return _spread(_all_techniques())
+
+
+def _spread(others: dict[str, Factor]) -> dict[str, Factor]:
+    """With experts so wide that they can be split."""
+    return others | _width_within("model.ffn.experts") | _layouts(SPREAD)
+
+
+def _all_techniques() -> dict[str, Factor]:
     inner = {key: _factor(key, levels, "model.converters", "float8") for key, levels in OF_FLOAT8.items()}
-    return model_factors() | _factors(techniques) | inner
+    return model_factors() | _factors(EAGER | MAYBE_COMPILED | ROUNDED) | inner
 
 
 def _of_fp32(found: dict[str, Factor]) -> dict[str, Factor]:
@@ -82,13 +108,16 @@ def _of_fp32(found: dict[str, Factor]) -> dict[str, Factor]:
 
 
 def _factors(techniques: dict[str, dict[str, Any]]) -> dict[str, Factor]:
-    kinds = [Level(kind, None, frozenset()) for kind in dict.fromkeys(layout.kind for layout in LAYOUTS)]
-    of_kinds = [Level(each.name, dict(each.parallelism), frozenset({each.kind})) for each in LAYOUTS]
-    layouts = {
+    return {key: _factor(key, levels) for key, levels in techniques.items()}
+
+
+def _layouts(layouts: Sequence[Layout]) -> dict[str, Factor]:
+    kinds = [Level(kind, None, frozenset()) for kind in dict.fromkeys(layout.kind for layout in layouts)]
+    of_kinds = [Level(each.name, dict(each.parallelism), frozenset({each.kind})) for each in layouts]
+    return {
         KIND: Factor(KIND, (KIND,), "", tuple(kinds), frozenset()),
         LAYOUT: Factor(LAYOUT, (LAYOUT,), KIND, tuple(of_kinds), frozenset(level.name for level in kinds)),
     }
-    return {key: _factor(key, levels) for key, levels in techniques.items() if key != LAYOUT} | layouts
 
 
 def _factor(key: str, levels: dict[str, Any], around: str = "", having: str = "") -> Factor:

@@ -107,7 +107,7 @@ def test_what_fits_is_taken(what: dict[str, Any]) -> None:
         (
             {"tensor_parallel_degree": 2, "expert_tensor_parallel_degree": 2, "ffn": PEER},
             ETP,
-            "those of PEER are of one neuron",
+            'those of model.ffn.type = "peer" are of one neuron',
         ),
         (
             {"expert_parallel_comm_backend": "deepep"},

@@ -63,6 +63,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "values of the first layer": (2, ZBV, {"model": {"attention": {"value_mix": "residual"}}}, {}),
     "heads of further tokens": (2, ZBV, {"model": {"mtp": {"type": "heads", "depth": 1}, "n_layers": 6}}, {}),
     "modules of further tokens": (2, {}, {"model": {"mtp": {"type": "modules", "depth": 2}}}, {}),
+    "a scale for both branches of a layer": (
+        2,
+        ZERO_BUBBLE,
+        {"model": {"residual": {"scale": {"type": "rezero", "per": "layer"}}}},
+        {},
+    ),
     "experts": (2, DUAL, {"model": EXPERTS}, {}),
     "latent attention": (2, ZERO_BUBBLE, {"model": {"attention": LATENT}}, {}),
     "dropped": (2, ZBV, {"model": {"residual": {"dropout": 0.2}, "embedding": {"dropout": 0.1}}}, {}),

@@ -55,10 +55,11 @@ def apply_activation_checkpointing(
     fused attention: AOTAutograd (torch 2.13) hands the state of a CPU's generator to the graph of backward where it
     looks for the parameters' mesh. A GPU's state takes another way.
     """
-    chosen = _chosen(model.executed(), config)
+    chosen, shared = _chosen(model.executed(), config), getattr(model.stack, "shared", nn.Module())
     for path, block in model.blocks().items():
         if path in chosen:
-            keep_random = compiled_on_cpu and any(isinstance(p, DTensor) for p in block.parameters())
+            parameters = itertools.chain(block.parameters(), shared.parameters())
+            keep_random = compiled_on_cpu and any(isinstance(p, DTensor) for p in parameters)
             block.forward = _checkpointed(block.forward, _keywords(model, path, block, config, keep_random))
 
 

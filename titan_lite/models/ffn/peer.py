@@ -62,7 +62,7 @@ class PEER(FFN):
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from spread_problems(job, ".n_keys", self.n_keys, self.n_keys**2)
             if (parts := job.parallelism.expert_tensor_parallel_degree) > 1:
-                why = "splits each expert over ranks, and those of PEER are of one neuron"
+                why = 'splits each expert over ranks, and those of model.ffn.type = "peer" are of one neuron'
                 yield Problem(CROSS_FIELD, SPLIT_DEGREE, why, parts, f"1, with any {EXPERT_DEGREE}")
             if self.top_k > self.n_keys**2:
                 why = f"is more than there are experts with n_keys = {self.n_keys}"

@@ -121,7 +121,8 @@ def _ends(job: Job, plan: StagePlan) -> Iterator[Problem]:
         others = ", ".join(name for name, kind in KINDS.items() if not kind.vee)
         yield Problem(CROSS_FIELD, key, why, value, f"another value, or one of {others}")
     if job.model.mtp.weights() and not job.model.mtp.embeds and not plan.layers[-1]:
-        why = "reads what the last layer reads, and the last pipeline stage has no layer"
+        why = "reads what the last layer reads, and the last pipeline stage has no layer: "
+        why += f"{DEGREE} = {job.parallelism.pipeline_parallel_degree}"
         allowed = 'a layer on the last stage, or model.mtp.type = "modules" or "none"'
         yield Problem(CROSS_FIELD, "model.mtp.type", why, job.model.mtp.model_dump()["type"], allowed)
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining._backward import stage_backward_weight
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime, get_schedule_class
 from torch.distributed.tensor import DTensor
 
@@ -67,6 +68,14 @@ class Stage(PipelineStage):
         """As of the base class; of the last stage always both halves: a chunked loss has made its gradients already,
         and its backward cannot run twice."""
         super().backward_one_chunk(bwd_chunk_id, loss, full_backward or self.is_last, last_backward)
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: Any, last_backward: bool = False) -> Any:
+        """As of the base class, whose half of weights goes parameter by parameter and frees what each has passed:
+        between two uses of one parameter that is the graph of others."""
+        if backward_type != "weight":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        grads = stage_backward_weight(self.submod.parameters(), bwd_kwargs["param_groups"], retain_graph=True)
+        return grads, None
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         """As of the base class."""
