@@ -55,7 +55,7 @@ def prompts() -> Tensor:
 
 @torch.no_grad()
 def test_the_cache_changes_nothing(model: Any) -> None:
-    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    options = {"max_new_tokens": 80, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     assert torch.equal(
         model.generate(prompts(), use_cache=True, **options), model.generate(prompts(), use_cache=False, **options)
     )
