@@ -172,13 +172,14 @@ def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str, mod
     file = shard_file(0)
     digest = xxhash.xxh3_128()
     types = {name: meta.dtype for name, meta in named.meta.items()}
-    starts = write_file(folder / file, named, types, digest.update)
+    starts, durable = write_file(folder / file, named, types, digest.update)
     index: Index = {name: _whole(meta, file, starts[name]) for name, meta in named.meta.items()}
     files = {file: FileSum(size=(folder / file).stat().st_size, xxh3_128=digest.hexdigest())}
     files[INDEX] = write_small(folder / INDEX, index_to_json(index))
     state = {"step": 0, "tokens_seen": 0, MODEL_TYPE: model_type}
     files[TRAIN_STATE] = write_small(folder / TRAIN_STATE, json.dumps(state).encode())
     facts = RunFacts(to_toml(job), job.model.identity(), tokenizer)
+    durable.result()
     origin = Origin(run_id="imported", step=0, parent=None, model_only=True, world_size=1)
     write_small(folder / MANIFEST, manifest_to_json(describe(facts, origin, index, files)))
     sync_folder(folder)
