@@ -14,6 +14,7 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
+from tests.generation.test_chat import write_tokenizer
 from tests.hf.checkpoints import save_random
 from tests.hf.test_export import model_tables
 from titan_lite.config.errors import ConfigError
@@ -114,6 +115,50 @@ def test_both_ways_give_the_same(run: Path, tasks: TaskManager, tmp_path: Path) 
             for metric, value in ours["results"][task].items():
                 if isinstance(value, float):
                     assert value == pytest.approx(theirs["results"][task][metric], rel=ATOL), (task, metric)
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("talking")
+    tokenizer = {"type": "huggingface", "path": str(write_tokenizer(folder))}
+    return save_random(folder / "run", model_tables("llama3"), tokenizer=tokenizer)
+
+
+def test_conversations_are_the_same_both_ways(talking: Path, tasks: TaskManager, tmp_path: Path) -> None:
+    """With an example before each question, in turns of its own."""
+    export(talking, tmp_path / "hf", verified=False)
+    names, how = ["local_choice", "local_answer"], {"apply_chat_template": True, "fewshot_as_multiturn": True}
+    ours = results("titan_lite", tasks, names, model_args=f"path={talking}", num_fewshot=1, **how)
+    exported = f"pretrained={tmp_path / 'hf'},max_length=128,dtype=float32"
+    theirs = results("hf", tasks, names, model_args=exported, device="cpu", num_fewshot=1, **how)
+    for task in names:
+        for mine, other in zip(ours["samples"][task], theirs["samples"][task], strict=True):
+            assert mine["arguments"] == other["arguments"]
+            assert "<|turn|>assistant" in str(mine["arguments"])
+            _same(mine["resps"], other["resps"])
+
+
+def test_specials_are_specials_in_conversations_only(talking: Path) -> None:
+    model = TitanLite(str(talking))
+    tokenizer: Any = model.loaded.tokenizer
+    turn, end = map(tokenizer.backend.token_to_id, ("<|turn|>", "<|end|>"))
+    assert turn not in model.tok_encode("<|turn|>")
+    text = model.apply_chat_template([{"role": "user", "content": "Hi"}])
+    ids = model.tok_encode(text)
+    assert ids.count(turn) == 2
+    assert ids.count(tokenizer.bos_id) == 1 == model.tok_encode("Hi").count(tokenizer.bos_id)
+    assert tokenizer.bos_id not in model.tok_encode("Hi", add_special_tokens=False)
+    assert model.engine.ends == {tokenizer.eos_id, end}
+
+
+def test_a_template_has_to_be_there(run: Path, talking: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"--apply_chat_template\n.*needs a chat template, and the tokenizer has none"
+    ):
+        TitanLite(str(run)).apply_chat_template([])
+    with pytest.raises(ConfigError, match=r'--apply_chat_template = "tools"\n.*names a template'):
+        TitanLite(str(talking)).chat_template("tools")
 
 
 def _same(ours: Any, theirs: Any) -> None:

@@ -26,13 +26,11 @@ MESSAGES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_tokenizer(out: Path) -> Path:
     """A tokenizer as it is published, with a template beside it."""
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Pipeline
 
-    out = tmp_path_factory.mktemp("chat")
     made = train_bpe(iter(["user assistant Hello, what is 2 + 2? It is 4."] * 3), 280, None)
     pipeline = Pipeline.from_str(made["tokenizer.json"].decode())
     names = ["<|begin|>", "<|turn|>", "<|end|>"]
@@ -42,6 +40,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (out / "tokenizer_config.json").write_text(json.dumps(config))
     (out / "chat_template.jinja").write_text(TEMPLATE)
     return out
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("chat"))
 
 
 def built(path: Path) -> Tokenizer:
@@ -55,6 +58,8 @@ def test_against_transformers(folder: Path) -> None:
     for n in (1, 3):
         expected = theirs.apply_chat_template(MESSAGES[:n], add_generation_prompt=True, return_dict=False)
         assert chat.ids(MESSAGES[:n]) == expected
+    going_on = theirs.apply_chat_template(MESSAGES[:2], continue_final_message=True, tokenize=False)
+    assert chat.text(MESSAGES[:2], continued=True) == going_on
     # Elsewhere the names of specials stay ordinary text.
     assert theirs.convert_tokens_to_ids("<|turn|>") not in tokenizer.encode(MESSAGES[0]["content"])
 

@@ -122,7 +122,7 @@ def test_ours_is_streamed_too(tmp_path: Path) -> None:
     from titan_lite.hf.loaded import Subject
 
     opened = open_checkpoint(save_random(tmp_path / "run", model_tables("llama3", n_layers=3)))
-    model = ByBlock().ours(Subject(tmp_path, opened.shape, opened.tensors, opened.tensors))
+    model = ByBlock().ours(Subject(tmp_path, opened.shape, opened.tensors, opened.tensors, torch.float32, True))
     most: list[int] = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda *_: most.append(held(model)))

@@ -15,12 +15,14 @@ from tests.hf.test_export import model_tables, same_bits
 from titan_lite.hf.export import export
 from titan_lite.hf.importer import import_folder
 from titan_lite.hf.loaded import load_theirs
+from titan_lite.pretrained import load_pretrained
 
 NGPT: dict[str, Any] = {"optimizer": {"weight_decay": 0.0}, "lr_scheduler": {"warmup_steps": 0}}
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "ngpt": ({"preset": "ngpt"}, NGPT),
     "recurrent": ({"preset": "huginn", "n_layers": 4}, {}),
     "squared scores": ({"preset": "llama3", "attention": {"score": {"type": "relu_squared"}, "kernel": "eager"}}, {}),
+    "further tokens": ({"preset": "llama3", "mtp": {"type": "modules", "depth": 2}}, {}),
     "registers": ({"preset": "llama3", "attention": {"registers": {"type": "learned", "n": 2}}}, {}),
 }
 
@@ -35,10 +37,14 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_titan_lite.TitanLiteForCausalLM"
     assert len((tmp_path / "hf" / "modeling_titan_lite.py").read_text().splitlines()) < 10
-    if name == "registers":
+    depth = 2 if name == "further tokens" else 0
+    assert report["mtp_depth"] == depth
+    assert ("predicts 2 further tokens" in (tmp_path / "hf" / "README.md").read_text()) == bool(depth)
+    if name in ("registers", "further tokens"):
         import_folder(tmp_path / "hf", tmp_path / "back")
         export(tmp_path / "back", tmp_path / "again", verified=False)
         assert same_bits(tmp_path / "hf", tmp_path / "again")
+        assert load_pretrained(tmp_path / "hf", torch.device("cpu")).model.mtp.depth == depth
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +61,7 @@ def prompts() -> Tensor:
 
 @torch.no_grad()
 def test_the_cache_changes_nothing(model: Any) -> None:
-    options = {"max_new_tokens": 24, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    options = {"max_new_tokens": 80, "do_sample": False, "attention_mask": torch.ones(2, 12, dtype=torch.long)}
     assert torch.equal(
         model.generate(prompts(), use_cache=True, **options), model.generate(prompts(), use_cache=False, **options)
     )

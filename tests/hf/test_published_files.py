@@ -72,6 +72,8 @@ def test_float8_times_factors(published: tuple[Path, dict[str, Tensor]], tmp_pat
     (told,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
     assert "2 tensors are left out, such as model.layers.2.e" in told
     assert "num_nextn_predict_layers" in told
+    (comment,) = [line for line in (tmp_path / "out" / "config.toml").read_text().splitlines() if "left out" in line]
+    assert comment.startswith("# 2 tensors are left out, such as model.layers.2.e")
     export(tmp_path / "out", tmp_path / "again")
     found = load_file(tmp_path / "again" / "model.safetensors")
     assert len(wanted) > 20

@@ -239,6 +239,29 @@ def test_nothing_is_overwritten(dump: Path, good: Path, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize(("method", "dtype"), [("whole", ""), ("by_block", ""), ("whole", "bfloat16")])
+def test_weights_that_are_written_otherwise_leave_no_folder(
+    method: str, dtype: str, dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bit of one number, which no logit tells."""
+    from titan_lite.hf import export as module
+
+    right = module.write_shards
+
+    def flipped(folder: Path, *given: Any) -> Any:
+        written = right(folder, *given)
+        file = folder / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+        return written
+
+    monkeypatch.setattr(module, "write_shards", flipped)
+    with pytest.raises(ConversionError, match=r"1 tensors are not what the checkpoint makes, such as \S+\.weight"):
+        export(dump, tmp_path / "out", dtype, method=method)
+    assert [left.name for left in tmp_path.iterdir()] == ["out.conversion_report.json"]
+
+
 def test_a_wrong_conversion_leaves_no_folder(
     dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

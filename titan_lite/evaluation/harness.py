@@ -7,6 +7,7 @@ harness's own command line with it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from titan_lite.config.errors import NOT_ALLOWED, ConfigError
 from titan_lite.evaluation.scoring import Scores, scorer
 from titan_lite.generation import Request, Sampling, decode
+from titan_lite.generation.chat import Chat
 from titan_lite.generation.steps import STEPS
 from titan_lite.generation.text import TextStream
 from titan_lite.parallel.world import pick_device
@@ -29,14 +31,17 @@ MAX_NEW_TOKENS: Final = 256
 """Where a task does not say; the harness's own number."""
 OTHERS: Final = ("do_sample", "until", "max_gen_toks", "seed")
 """What `generate_until` reads beside the numbers of `STEPS`."""
+CHAT: Final = "--apply_chat_template"
+"""The harness's option for conversations."""
 
 
 @register_model("titan_lite")
 class TitanLite(TemplateLM):
     """A checkpoint or Hugging Face folder at `path`, read in windows of `max_length` tokens (default: its training's).
 
-    Contexts begin as prompts do. One process; a document longer than a window is read in windows side by side, as the
-    harness defines it. `seed` is that of sampled answers.
+    Contexts begin as prompts do; as conversations, they are what the tokenizer's chat template writes, and an answer
+    also ends with what that puts behind one. One process; a document longer than a window is read in windows side by
+    side, as the harness defines it. `seed` is that of sampled answers.
     """
 
     def __init__(
@@ -55,6 +60,7 @@ class TitanLite(TemplateLM):
         self.engine = self.loaded.engine()
         self.max_length = int(max_length or self.loaded.job.training.seq_len)
         self.batch_size, self.seed = int(batch_size), int(seed)
+        self._chat: Chat | None = None
         self.score = scorer(self.loaded, self.max_length, self.max_length, self.batch_size)
 
     @property
@@ -68,10 +74,45 @@ class TitanLite(TemplateLM):
         return self.eot_token_id if begin is None else begin
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Ids of a text, behind those with which prompts begin unless `add_special_tokens` is false."""
+        """Ids of a text, behind those with which prompts begin unless `add_special_tokens` is false.
+
+        In conversations the names of specials are specials, and a template may have written the beginning.
+        """
+        if self._chat is not None:
+            return self._marked(self._chat, string, begins=add_special_tokens is not False)
         if add_special_tokens is False:
             return [int(token) for token in self.loaded.tokenizer.encode(string)]
         return self.loaded.prompt(string)
+
+    def _marked(self, chat: Chat, string: str, begins: bool) -> list[int]:
+        ids = chat.marked(string)
+        if not begins or ids[:1] == [self.prefix_token_id]:
+            return ids
+        plain = self.loaded.tokenizer.encode("x")
+        return [*self.loaded.prompt("x")[: -len(plain)], *ids]
+
+    def _chatting(self) -> Chat:
+        """The tokenizer's template; whoever asks for it has conversations from then on. ConfigError without one."""
+        if self._chat is None:
+            self._chat = Chat(self.loaded.tokenizer, CHAT)
+            self.engine = dataclasses.replace(self.engine, ends=self.engine.ends | self._chat.ends())
+        return self._chat
+
+    @property
+    def tokenizer_name(self) -> str:
+        """For the harness's cache of requests, which depend on tokenizer and template."""
+        template = hashlib.sha256(self._chatting().template.encode()).hexdigest()
+        return f"{self.loaded.tokenizer.fingerprint()}-{template[:16]}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str | None:
+        """The template, for the harness's records; None where it is not asked for. ConfigError for one of several."""
+        if isinstance(chat_template, str):
+            raise ConfigError.at(CHAT, "names a template, and tokenizers have one here", chat_template, "no name")
+        return self._chatting().template if chat_template else None
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as the model reads it, up to its answer or to the end of a message that it goes on with."""
+        return self._chatting().text(chat_history, continued=not add_generation_prompt)
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any

@@ -21,40 +21,50 @@ ANSWER: Final = "\u2063answer\u2063"
 
 
 class Chat:
-    """Built with a tokenizer. ConfigError where that has no chat template."""
+    """Built with a tokenizer, and the option that asks for it. ConfigError where there is no chat template."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, option: str = "--chat"):
         template = chat_template(tokenizer)
         if template is None or not isinstance(tokenizer, HuggingFace):
             why = "needs a chat template, and the tokenizer has none"
             allowed = "a model whose tokenizer comes with chat_template.jinja, or with one in tokenizer_config.json"
-            raise ConfigError.at("--chat", why, allowed=allowed, code=KEY_MISSING)
+            raise ConfigError.at(option, why, allowed=allowed, code=KEY_MISSING)
         needs_transformers()
+        self.option = option
         self.tokenizer, self.template = tokenizer, template.decode()
         self.specials = special_tokens(tokenizer)
 
     def ids(self, messages: Sequence[Message]) -> list[int]:
         """The conversation up to where the model answers. Names of specials are specials here, as in transformers."""
-        return self.tokenizer.encode_marked(self._written(messages, add_generation_prompt=True)).tolist()
+        return self.marked(self.text(messages))
+
+    def text(self, messages: Sequence[Message], continued: bool = False) -> str:
+        """What `ids` are the tokens of; or the conversation up to the end of its last message, which goes on."""
+        if continued:
+            return self._written(messages, continue_final_message=True)
+        return self._written(messages, add_generation_prompt=True)
+
+    def marked(self, text: str) -> list[int]:
+        """Tokens of a text in which the names of specials are specials."""
+        return self.tokenizer.encode_marked(text).tolist()
 
     def ends(self) -> frozenset[int]:
         """The special token that the template puts behind an answer, which ends one; none where it puts none."""
         messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": ANSWER}]
-        behind = self._written(messages, add_generation_prompt=False).rpartition(ANSWER)[2]
+        behind = self._written(messages).rpartition(ANSWER)[2]
         first = self.tokenizer.encode_marked(behind.lstrip())[:1].tolist()
         return frozenset(token for token in first if not self.tokenizer.token_bytes[token])
 
-    def _written(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _written(self, messages: Sequence[Message], **how: bool) -> str:
         from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        arguments: dict[str, Any] = self.specials | {"add_generation_prompt": add_generation_prompt}
+        arguments: dict[str, Any] = self.specials | how
         try:
             rendered: Any = render_jinja_template([list(messages)], chat_template=self.template, **arguments)
-        except TemplateError as error:
-            raise ConfigError.at(
-                "--chat", f"the tokenizer's chat template refuses this conversation: {error}"
-            ) from None
+        except (TemplateError, ValueError) as error:
+            why = f"the tokenizer's chat template refuses this conversation: {error}"
+            raise ConfigError.at(self.option, why) from None
         return str(rendered[0][0])
 
 

@@ -7,7 +7,7 @@ Those of transformers' model come from its own loader, which gets the shapes of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,7 +28,7 @@ class Streamed:
         self._model = model
         inside = tuple(f"{path}." for path in units)
         outside = {name.rpartition(".")[0] for name in model.state_dict() if not name.startswith(inside)}
-        self._outside = sorted(outside)
+        self._units, self._outside = units, sorted(outside)
         self.read_from(values)
         for path in units:
             unit = model.get_submodule(path)
@@ -41,6 +41,14 @@ class Streamed:
         for path in self._outside:
             own = {name: tensor for name, tensor in values(path).items() if "." not in name}
             self._model.get_submodule(path).load_state_dict(own, strict=False, assign=True)
+
+    def beside(self, values: Values) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(name, tensor where they are taken from, tensor from there) of all weights."""
+        for path in (*self._units, *self._outside):
+            other = values(path)
+            for name, tensor in self._values(path).items():
+                if path in self._units or "." not in name:
+                    yield f"{path}.{name}", tensor, other[name]
 
     def _fill(self, unit: nn.Module, path: str) -> None:
         unit.load_state_dict(self._values(path), assign=True)

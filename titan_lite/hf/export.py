@@ -109,7 +109,7 @@ def export(
         written = write_shards(folder, target.tensors, chosen, shard_size)
         if damage := opened.damage.result():
             raise ConfigError(damage)
-        compared = compare(folder, opened, target, method) if verified else None
+        compared = compare(folder, opened, target, chosen, method) if verified else None
         report = describe(opened, target, chosen, written, compared)
         text = json.dumps(report, indent=2) + "\n"
         if compared is not None and compared.problems:
@@ -234,15 +234,17 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     loads = f'model = AutoModelForCausalLM.from_pretrained("{name}"{permission}'
     found = losses(opened.folder, opened.manifest.step)
     what = f"{target.class_name} ({target.model_type})"
+    if depth := opened.shape.model.mtp.depth:
+        what += f"; predicts {depth} further tokens (`model.mtp`), which `scripts/generate.py --ahead` uses"
     write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
 
 
-def compare(folder: Path, opened: Pieces, target: Target, method: str) -> Comparison:
+def compare(folder: Path, opened: Pieces, target: Target, dtype: torch.dtype, method: str) -> Comparison:
     """Loads the folder again and compares. ConversionError where transformers cannot load it."""
     try:
         with quiet_transformers():
-            subject = Subject(folder, opened.shape, opened.tensors, target.loaded)
-            return verify(subject, opened.tokenizer, opened.begin, target.exact, method)
+            subject = Subject(folder, opened.shape, opened.tensors, target.loaded, dtype, target.exact)
+            return verify(subject, opened.tokenizer, opened.begin, method)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"transformers cannot use the folder: {error}") from error
 
@@ -260,6 +262,7 @@ def describe(
         "model_type": target.model_type,
         "class": target.class_name,
         "folds": list(target.folds),
+        "mtp_depth": opened.shape.model.mtp.depth,
         "dtype": str(dtype).removeprefix("torch."),
         "weights": dataclasses.asdict(written),
         "verified": None if compared is None else dataclasses.asdict(compared),

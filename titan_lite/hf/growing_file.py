@@ -21,10 +21,14 @@ COPY: Final = 32 * 2**20
 """Bytes that the kernel is asked to copy at a time."""
 COPIES: Final = sys.platform == "linux"
 """Whether the kernel copies from file to file, without a detour through this process."""
+PAGE: Final = 4096
+"""Bytes: what the kernel copies as a whole where both files have it at the same place of theirs."""
 
 
 class GrowingFile:
-    """A new file; left without an exception, its content is durable. OSError where the disk fails."""
+    """A new file; once it is left without an exception, `durable` waits for the disk. OSError where that fails."""
+
+    durable: Future[None]
 
     def __init__(self, path: Path, see: Callable[[memoryview], None] | None = None):
         """`see` gets all that is written, in order, for a checksum."""
@@ -32,11 +36,6 @@ class GrowingFile:
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._waiting = 0
         self._flush: Future[None] | None = None
-
-    @property
-    def can_copy(self) -> bool:
-        """Whether `copy` can be used: a checksum needs the bytes here."""
-        return COPIES and self._see is None
 
     def write(self, data: memoryview) -> None:
         """Appends the data."""
@@ -48,7 +47,7 @@ class GrowingFile:
             self._grown(written)
 
     def copy(self, place: Place) -> None:
-        """Appends the bytes of a tensor in a step folder. ConfigError where its file ends too early."""
+        """Appends the bytes of a tensor in a step folder, where `COPIES`. ConfigError where its file ends too early."""
         at, end = place.start, place.start + place.nbytes
         with open_regular(place.path) as file:
             while at < end:
@@ -73,9 +72,17 @@ class GrowingFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if error is None:
+            self.durable = meanwhile(self._close)
+            return
         try:
             self._flushed()
-            if error is None:
-                os.fsync(self._fd)
+        finally:
+            os.close(self._fd)
+
+    def _close(self) -> None:
+        try:
+            self._flushed()
+            os.fsync(self._fd)
         finally:
             os.close(self._fd)

@@ -25,8 +25,9 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.beside import beside
 from titan_lite.hf.export import MODEL_TYPE, check_room, needs_transformers
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.fp8 import stored_weights
 from titan_lite.hf.normal_form import Tables
-from titan_lite.hf.read import Folder, open_folder, our_tensors
+from titan_lite.hf.read import Folder, open_folder, our_tensors, told_left_out
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import common_dtype, write_bytes, write_file, write_text
 from titan_lite.hf.source import Image, Source
@@ -40,7 +41,7 @@ SEQ_LEN: Final = 2048
 """Tokens per row in the config that is written, where the model reads so many."""
 HEADER: Final = """# Continues training the model in {source}.
 # Its weights are in checkpoint/step-0. What is not said here is as by default; put your own text into [data].
-
+{left_out}
 """
 
 
@@ -59,6 +60,8 @@ class Imported:
     """Files of its tokenizer."""
     eos: str = ""
     """Number of the end of text, where the model's config has one."""
+    left_out: str = ""
+    """What of it does not become part of the checkpoint, in words."""
     choice: Mapping[str, Any] | None = None
     """The [tokenizer] table, where the tokenizer stays where it is."""
 
@@ -78,10 +81,9 @@ def import_folder(source: Path, out: Path) -> Job:
     shape = Shape.of(config, folder.tables["vocab_size"], folder.context_len)
     tensors = our_tensors(folder, shape)
     files = _tokenizer_files(source)
-    imported = Imported(
-        str(source), folder.model_type, folder.tables, folder.context_len, tensors, files, end_of_text(folder)
-    )
-    return write_import(imported, out)
+    left_out = told_left_out(folder, stored_weights(source, folder.block).meta, config)
+    facts = str(source), folder.model_type, folder.tables, folder.context_len, tensors, files
+    return write_import(Imported(*facts, eos=end_of_text(folder), left_out=left_out), out)
 
 
 def write_import(imported: Imported, out: Path) -> Job:
@@ -94,7 +96,9 @@ def write_import(imported: Imported, out: Path) -> Job:
             write_bytes(folder / "tokenizer" / name, content)
         tables, tokenizer = _job_tables(imported, folder, out.absolute())
         job = job_from_dict(tables, files=False)
-        write_text(folder / "config.toml", HEADER.format(source=imported.origin) + toml_text(tables))
+        left_out = f"# {imported.left_out}.\n" if imported.left_out else ""
+        head = HEADER.format(source=imported.origin, left_out=left_out)
+        write_text(folder / "config.toml", head + toml_text(tables))
         (folder / "checkpoint").mkdir()
         write_step_zero(
             folder / "checkpoint" / step_name(0), imported.tensors, job, tokenizer.fingerprint(), imported.model_type
@@ -172,13 +176,14 @@ def write_step_zero(folder: Path, tensors: Source, job: Job, tokenizer: str, mod
     file = shard_file(0)
     digest = xxhash.xxh3_128()
     types = {name: meta.dtype for name, meta in named.meta.items()}
-    starts = write_file(folder / file, named, types, digest.update)
+    starts, durable = write_file(folder / file, named, types, digest.update)
     index: Index = {name: _whole(meta, file, starts[name]) for name, meta in named.meta.items()}
     files = {file: FileSum(size=(folder / file).stat().st_size, xxh3_128=digest.hexdigest())}
     files[INDEX] = write_small(folder / INDEX, index_to_json(index))
     state = {"step": 0, "tokens_seen": 0, MODEL_TYPE: model_type}
     files[TRAIN_STATE] = write_small(folder / TRAIN_STATE, json.dumps(state).encode())
     facts = RunFacts(to_toml(job), job.model.identity(), tokenizer)
+    durable.result()
     origin = Origin(run_id="imported", step=0, parent=None, model_only=True, world_size=1)
     write_small(folder / MANIFEST, manifest_to_json(describe(facts, origin, index, files)))
     sync_folder(folder)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from titan_lite.hf.by_block import BlockLoader, Streamed, complete, units_of, values_of
 from titan_lite.hf.folds import Shape
@@ -30,11 +30,25 @@ class Subject:
     ours: Source
     theirs: Source
     """The folder's tensors before they were rounded, under the names of transformers' modules."""
+    dtype: torch.dtype
+    """Of the folder's weights."""
+    exact: bool
+    """Whether no weight was computed for a fold, whose sums may come in another order each time."""
 
     @property
     def parameters(self) -> int:
         """Numbers of the larger of both models."""
         return max(sum(meta.numel() for meta in source.meta.values()) for source in (self.ours, self.theirs))
+
+    def is_written(self, loaded: Tensor, values: Tensor) -> bool:
+        """Whether a tensor that was loaded from the folder is what these values are in its type."""
+        if not values.is_floating_point():
+            return torch.equal(loaded, values)
+        wanted = values.to(self.dtype).to(loaded.dtype)
+        if self.exact or loaded.shape != wanted.shape:
+            return torch.equal(loaded, wanted)
+        allowed = 4 * torch.finfo(self.dtype).eps * wanted.abs().max()
+        return bool((loaded - wanted).abs().max() <= allowed)
 
 
 class Loading(ABC):
@@ -51,8 +65,11 @@ class Loading(ABC):
         """The folder's model, as transformers loads it."""
 
     @abstractmethod
-    def unround(self, loaded: Any, subject: Subject) -> None:
-        """Gives the folder's model the values that its weights had before they were written in a narrower type."""
+    def unround(self, loaded: Any, subject: Subject) -> list[str]:
+        """Gives the folder's model the values that its weights had before they were written in a narrower type.
+
+        Returns the names of those that transformers found otherwise than they should have been written.
+        """
 
     @abstractmethod
     def new_tokens(self, subject: Subject, wanted: int) -> int:
@@ -74,12 +91,14 @@ class Whole(Loading):
     def theirs(self, subject: Subject) -> Any:
         return load_theirs(subject.folder)
 
-    def unround(self, loaded: Any, subject: Subject) -> None:
-        tensors = dict(loaded.named_parameters())
-        with torch.no_grad():
-            for name, meta in subject.theirs.meta.items():
-                if meta.is_floating_point() and name in tensors:
-                    tensors[name].copy_(subject.theirs.read(name))
+    def unround(self, loaded: Any, subject: Subject) -> list[str]:
+        tensors, otherwise = loaded.state_dict(), []
+        for name in subject.theirs.meta:
+            values = subject.theirs.read(name)
+            if not subject.is_written(tensors[name], values):
+                otherwise.append(name)
+            tensors[name].copy_(values)
+        return otherwise
 
     def new_tokens(self, subject: Subject, wanted: int) -> int:
         return wanted
@@ -101,8 +120,12 @@ class ByBlock(Loading):
         self._streamed = Streamed(model, units_of(model), loader.values)
         return model
 
-    def unround(self, loaded: Any, subject: Subject) -> None:
-        self._streamed.read_from(partial(values_of, subject.theirs, loaded, loaded.all_tied_weights_keys))
+    def unround(self, loaded: Any, subject: Subject) -> list[str]:
+        values = partial(values_of, subject.theirs, loaded, loaded.all_tied_weights_keys)
+        pairs = self._streamed.beside(values)
+        otherwise = [name for name, tensor, right in pairs if not subject.is_written(tensor, right)]
+        self._streamed.read_from(values)
+        return otherwise
 
     def new_tokens(self, subject: Subject, wanted: int) -> int:
         return max(0, min(wanted, READS // (4 * subject.parameters) - 1))

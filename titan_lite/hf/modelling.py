@@ -27,6 +27,8 @@ from titan_lite.hf.modelling import TitanLiteConfig, TitanLiteForCausalLM
 
 __all__ = ["TitanLiteConfig", "TitanLiteForCausalLM"]
 '''
+ROOM: Final = 64
+"""Tokens, at least, for which a cache that has grown has room."""
 
 
 class TitanLiteConfig(PreTrainedConfig):
@@ -45,21 +47,35 @@ class TitanLiteConfig(PreTrainedConfig):
 
 
 class GrowingLayer(LayerMemory):
-    """Keys and values of one layer, (B, G, S, Dh)."""
+    """Keys and values of one layer, (B, G, S, Dh), in tensors with room for more: few calls copy all that is there."""
 
     def __init__(self) -> None:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
+        self.length = 0
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
-        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        return self.k, self.v
+        self.k, self.v = self._with(self.k, k), self._with(self.v, v)
+        self.length += k.shape[2]
+        return self.k.narrow(2, 0, self.length), self.v.narrow(2, 0, self.length)
+
+    def _with(self, there: Tensor | None, more: Tensor) -> Tensor:
+        """What is there and `more` behind it."""
+        if there is None:
+            return more
+        end = self.length + more.shape[2]
+        if end > there.shape[2]:
+            larger = there.new_empty(*there.shape[:2], end + max(end // 2, ROOM), there.shape[3])
+            larger[:, :, : self.length] = there[:, :, : self.length]
+            there = larger
+        there[:, :, self.length : end] = more
+        return there
 
     def take(self, other: GrowingLayer, tokens: int) -> None:
         assert other.k is not None
         assert other.v is not None
-        self.extend(other.k[:, :, -tokens:], other.v[:, :, -tokens:])
+        taken = slice(other.length - tokens, other.length)
+        self.extend(other.k[:, :, taken], other.v[:, :, taken])
 
     def reorder(self, rows: Tensor) -> None:
         """Row i becomes what row rows[i] was."""

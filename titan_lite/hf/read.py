@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -138,11 +138,21 @@ def _without_left_out(folder: Folder, found: Mapping[str, Tensor], model: Transf
     """The tensors without those that the model is whole without, of which a warning tells."""
     if folder.architecture is None:
         return found
+    names = [name for name in found if folder.architecture.left_out(name, model)]
+    if names:
+        log.warning("%s: %s", folder.path, told_left_out(folder, found, model))
+    return {name: meta for name, meta in found.items() if name not in names}
+
+
+def told_left_out(folder: Folder, found: Iterable[str], model: Transformer.Config) -> str:
+    """Which of a folder's tensors the model is whole without, and why; empty = none."""
+    if folder.architecture is None:
+        return ""
     reasons = {name: why for name in found if (why := folder.architecture.left_out(name, model))}
-    if reasons:
-        name, why = next(iter(reasons.items()))
-        log.warning("%s: %d tensors are left out, such as %s: %s", folder.path, len(reasons), name, why)
-    return {name: meta for name, meta in found.items() if name not in reasons}
+    if not reasons:
+        return ""
+    name, why = next(iter(reasons.items()))
+    return f"{len(reasons)} tensors are left out, such as {name}: {why}"
 
 
 def _names(source: Source, files: Source) -> set[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,8 +17,8 @@ from torch import Tensor
 
 from titan_lite.checkpoint.shard import DTYPE_CODES, as_bytes, nbytes
 from titan_lite.config.errors import ConfigError
-from titan_lite.hf.growing_file import GrowingFile
-from titan_lite.hf.source import Source, pieces
+from titan_lite.hf.growing_file import COPIES, PAGE, GrowingFile
+from titan_lite.hf.source import Place, Source, pieces
 from titan_lite.hf.stored import INDEX, ONE_FILE
 
 UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -47,8 +49,14 @@ def write_shards(folder: Path, source: Source, dtype: torch.dtype, limit: int) -
     sizes = {name: nbytes(types[name], tuple(meta.shape)) for name, meta in source.meta.items()}
     groups = _groups(sizes, limit)
     names = [ONE_FILE] if len(groups) == 1 else [_file(i, len(groups)) for i in range(len(groups))]
+    closing: Future[None] | None = None
     for file, group in zip(names, groups, strict=True):
-        write_file(folder / file, source, {name: types[name] for name in group})
+        _, durable = write_file(folder / file, source, {name: types[name] for name in group})
+        if closing is not None:  # while the next one was written
+            closing.result()
+        closing = durable
+    assert closing is not None
+    closing.result()
     total, parameters = sum(sizes.values()), sum(meta.numel() for meta in source.meta.values())
     if len(groups) > 1:
         weight_map = {name: file for file, group in zip(names, groups, strict=True) for name in group}
@@ -76,33 +84,56 @@ def _file(number: int, count: int) -> str:
 
 def write_file(
     path: Path, source: Source, types: Mapping[str, torch.dtype], see: Callable[[memoryview], None] | None = None
-) -> dict[str, int]:
-    """Writes the named tensors in these types to the new file, durably; returns where each one's values begin.
+) -> tuple[dict[str, int], Future[None]]:
+    """Writes the named tensors in these types to the new file; returns where each one's values begin, and what waits
+    until they are durable.
 
     `see` gets all that is written, in order, for a checksum.
     """
+    copied = _copied(source, types) if COPIES and see is None else {}
     table: dict[str, object] = {"__metadata__": {"format": "pt"}}
     begins, end = {}, 0
-    for name in sorted(types, key=lambda name: -types[name].itemsize):  # each is aligned to its type
+    for name in _order(types, copied):
         shape = tuple(source.meta[name].shape)
         begins[name], end = end, end + nbytes(types[name], shape)
         offsets = [begins[name], end]
         table[name] = {"dtype": DTYPE_CODES[types[name]], "shape": list(shape), "data_offsets": offsets}
     head = json.dumps(table, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
+    head += b" " * ((_shift(begins, copied) - 8 - len(head)) % PAGE)
     head = len(head).to_bytes(8, "little") + head
     with GrowingFile(path, see) as file:
         file.write(memoryview(head))
         for name in begins:
-            _append(file, source, name, types[name])
-    return {name: len(head) + begin for name, begin in begins.items()}
+            if name in copied:
+                file.copy(copied[name])
+            else:
+                _append(file, source, name, types[name])
+    return {name: len(head) + begin for name, begin in begins.items()}, file.durable
+
+
+def _copied(source: Source, types: Mapping[str, torch.dtype]) -> dict[str, Place]:
+    """Where the tensors are whose bytes stay as they are."""
+    places = ((name, source.place(name)) for name in types)
+    return {name: place for name, place in places if place is not None and place.dtype == types[name]}
+
+
+def _order(types: Mapping[str, torch.dtype], copied: Mapping[str, Place]) -> list[str]:
+    """Copies in the order of their files, before the others; and larger types first, so that each is aligned to its."""
+    copies = sorted(copied, key=lambda name: (copied[name].path, copied[name].start))
+    names = [*copies, *(name for name in types if name not in copied)]
+    return sorted(names, key=lambda name: -types[name].itemsize)
+
+
+def _shift(begins: Mapping[str, int], copied: Mapping[str, Place]) -> int:
+    """Where in a page the first tensor is to begin, so that most bytes keep their place in one."""
+    counts: Counter[int] = Counter()
+    for name, place in copied.items():
+        counts[(place.start - begins[name]) % PAGE] += place.nbytes
+    aligned = [shift for shift, _ in counts.most_common() if shift % 8 == 0]  # safetensors wants to begin there
+    return aligned[0] if aligned else 0
 
 
 def _append(file: GrowingFile, source: Source, name: str, dtype: torch.dtype) -> None:
-    place = source.place(name) if file.can_copy else None
-    if place is not None and place.dtype == dtype:
-        file.copy(place)
-        return
     for start, stop in pieces(source.meta[name]):
         values = source.read(name, start, stop)
         typed = values.to(dtype).contiguous()

@@ -68,13 +68,13 @@ class Seen(NamedTuple):
     """(ROWS, LAST, D) behind each block that ran."""
 
 
-def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: bool, method: str = "") -> Comparison:
+def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: str = "") -> Comparison:
     """Compares a folder with the model it was made of, one of both in memory at a time.
 
-    `exact` says that its weights were only moved. `method` is a name in METHODS; by default the whole model where
+    `method` is a name in METHODS; by default the whole model where
     there is memory for it. ConfigError where the checkpoint's logits are no numbers.
     """
-    tolerance = EXACT if exact else FOLDED
+    tolerance = EXACT if subject.exact else FOLDED
     needed = 4 * subject.parameters + HEADROOM
     available = available_memory()
     fits = available is None or needed <= available
@@ -92,7 +92,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
         del reference
         loaded = loading.theirs(subject)
         rounded = loaded(prompts).logits.float()
-        loading.unround(loaded, subject)
+        otherwise = loading.unround(loaded, subject)
         found = _look(loaded, lambda tokens: loaded(tokens).logits.float(), prompts)
         theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
         different = [
@@ -103,8 +103,10 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, exact: boo
                 loaded, start + mine[:at], [*mine, tokenizer.eos_id][at], [*other, tokenizer.eos_id][at], tolerance
             )
         ]
+    if otherwise:
+        problems.append(f"{len(otherwise)} tensors are not what the checkpoint makes, such as {otherwise[0]}")
     difference = (wanted.logits - found.logits).abs().max().item()
-    blocks = _block_differences(wanted, found) if exact else ()
+    blocks = _block_differences(wanted, found) if subject.exact else ()
     if not difference <= tolerance:  # also where it is not a number
         where = next((f"; block {i} is the first that differs" for i, d in enumerate(blocks) if not d <= tolerance), "")
         problems.append(f"logits differ by up to {difference:.3g}, where {tolerance:.0e} is allowed{where}")
