@@ -66,6 +66,7 @@ class Formula(Question):
         return Outcome(
             changes, f"{replicas} {tp}", name, batch, live, live * 1.05, 70.0, 70.0 - live * 1.05, live * 1.05 <= 70.0,
             seconds, seconds / (batch * ranks), 1.0, 0.5, batch * ranks, (rest / 4, rest * 3 / 4),
+            (batch * (1 + again) / tp + 0.1) / seconds, 0.0,
         )  # fmt: skip
 
 
