@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from estimation.instead import instead
+
 _original = F.rms_norm
 
 
@@ -41,19 +43,12 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
 @contextmanager
 def composite_kernels() -> Iterator[None]:
     """Inside, functions are what a compiler sees of them: it makes kernels of its own of their parts."""
-    outside, F.rms_norm = F.rms_norm, _original
-    try:
+    with instead(F, rms_norm=_original):
         yield
-    finally:
-        F.rms_norm = outside
 
 
 @contextmanager
 def device_kernels() -> Iterator[None]:
     """Inside, a fake step keeps what it would keep on a device."""
-    original = F.rms_norm
-    F.rms_norm = _rms_norm  # type: ignore[assignment]
-    try:
+    with instead(F, rms_norm=_rms_norm):
         yield
-    finally:
-        F.rms_norm = original

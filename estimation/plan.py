@@ -2,8 +2,8 @@
 
 For one layout, larger micro-batches and less recomputation never take longer per token in the model of `compute.py`,
 and never take less memory. So from the lightest checkpoint mode on, the largest micro-batch that fits is looked for;
-a mode that recomputes more is only of use with a larger one. Nor is that estimated which `floors.py` finds too slow to be
-among the best. That leaves most combinations out.
+a mode that recomputes more is only of use with a larger one. Nor is that estimated which `floors.py` finds too slow
+to be among the best. That leaves most combinations out.
 """
 
 from __future__ import annotations

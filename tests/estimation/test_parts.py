@@ -42,8 +42,9 @@ def rehearsed(config: dict[str, Any], size: int = 1) -> Rehearsal:
         {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}},
         {"optimizer": {"implementation": "foreach"}, "training": {"global_batch_size": 32}},
         {"parallelism": {"tensor_parallel_degree": 2}, "activation_checkpoint": {"mode": "full"}},
+        {"parallelism": {"pipeline_parallel_degree": 2}},
     ],
-    ids=["every second", "foreach, accumulating", "tensor parallel, full"],
+    ids=["every second", "foreach, accumulating", "tensor parallel, full", "pipeline"],
 )
 def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """A trace of five layers or pairs, repeated, is the trace of all of them."""
@@ -59,6 +60,7 @@ def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest
     assert ours.flops == theirs.flops
     assert ours.communication["dp_shard"].nbytes == pytest.approx(theirs.communication["dp_shard"].nbytes, rel=1e-3)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
+    assert replay(short.trace.events) == replay(whole.trace.events)
 
 
 def test_experts_over_ranks():
