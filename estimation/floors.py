@@ -11,7 +11,7 @@ from titan_lite.parallel.pipeline.plan import job_table
 from titan_lite.parallel.pipeline.schedule import timeline
 
 CERTAIN = 5
-"""So many of the fastest that fit are sure to be found; of those that are slower some are never estimated."""
+"""Where so many that fit are known to be faster, a candidate is not estimated."""
 
 Degrees = tuple[int, ...]
 """Over how many ranks one sequence's work is spread, axis by axis."""
