@@ -317,16 +317,12 @@ def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehea
     layout = job.parallelism
     if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
         yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
-    if not device.is_cpu and _has_other_kernels(job, model):
-        yield (
-            'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '
-            "scaled_dot_product_attention with a mask in memory, or as eager scores"
-        )
+    if not device.is_cpu and _takes_flex(job, model):
+        yield "flex attention: counts as flash attention over whole rows, also where blocks of scores are left out"
 
 
-def _has_other_kernels(job: Job, model: Transformer) -> bool:
+def _takes_flex(job: Job, model: Transformer) -> bool:
     seq_len = job.training.seq_len
     sizes = (seq_len, math.ceil(job.model.memory.keys(seq_len)))
     kernels = (module.kernel for module in model.modules() if isinstance(module, HeadAttention))
-    devices = (torch.device("cuda"), torch.device("cpu"))
-    return any(len({kernel.acting(device, *sizes) for device in devices}) > 1 for kernel in kernels)
+    return any(kernel.acting(torch.device("cuda"), *sizes) == "flex" for kernel in kernels)

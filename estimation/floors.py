@@ -10,7 +10,7 @@ from estimation.question import Changes, Outcome, Question
 from titan_lite.parallel.pipeline.plan import job_table
 from titan_lite.parallel.pipeline.schedule import timeline
 
-CERTAIN = 5
+CERTAIN = 3
 """Where so many that fit are known to be faster, a candidate is not estimated."""
 
 Degrees = tuple[int, ...]
@@ -31,6 +31,10 @@ class Floors:
     def learn(self, mode: int, degrees: Degrees, outcome: Outcome) -> None:
         """What one estimate tells about others."""
         self.waiting.append((mode, degrees, outcome.exposed * outcome.seconds_per_token))
+        self.learn_of(outcome)
+
+    def learn_of(self, outcome: Outcome) -> None:
+        """That this is how fast one candidate is, if it fits."""
         if outcome.fits:
             self.best = sorted((*self.best, outcome.seconds_per_token))[:CERTAIN]
 

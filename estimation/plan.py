@@ -118,6 +118,8 @@ def _climbed(climbs: Sequence[Climb], processes: int | None) -> Iterator[Climb]:
     first, floors = climbs[0].run(), Floors()
     floors.learn_computing(first.known)
     first.teach(floors)
+    if first.own is not None and first.own not in first.known.values():
+        floors.learn_of(first.own)
     done = [first]
     yield first
     with workers(processes, len(climbs) - 1) as each:
@@ -191,6 +193,7 @@ class Climb:
     rest_gib: float = 0.0
     """A bound of what weights and optimizer states take."""
     floors: Floors = field(default_factory=Floors)
+    """What is known at its beginning, and what it learns."""
     tight: bool = False
     """Whether the lightest mode is likely not to fit: then heavy ones come first, which may rule out all others."""
     of_fewer: Sequence[Facts] = ()
@@ -345,4 +348,5 @@ class Climb:
                 return None
             self.outcomes.append(outcome)
         self.known[place] = outcome
+        self.floors.learn(number, self.degrees, outcome)
         return outcome

@@ -93,6 +93,14 @@ def test_saved_activations_of_a_block():
     assert op == pytest.approx(x + x + kv + hidden + x + x + B * 4 * T * 4, rel=0.02)
 
 
+def test_windows_keep_what_flash_attention_keeps():
+    """On CUDA flex attention leaves out what a window hides, and holds neither the mask nor scores."""
+    plain, windowed = (tables(3, training={"seq_len": 512}) for _ in range(2))
+    windowed["model"]["attention"] |= {"masks": [{"type": "causal"}, {"type": "sliding_window", "window": 64}]}
+    of_plain, of_windowed = (memory_of(rehearsed(each).trace).saved for each in (plain, windowed))
+    assert of_windowed["stack.blocks.1"] == of_plain["stack.blocks.1"]
+
+
 def _saved(checkpoint: dict[str, Any]) -> int:
     """By the second block, behind whose input the first has ended."""
     saved = memory_of(rehearsed(tables(3, activation_checkpoint=checkpoint)).trace).saved
