@@ -35,8 +35,14 @@ LAYOUTS = 32
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one of the two commands; returns 0. A config that training refuses ends with 2 and every problem."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    with main_guard():
-        return _plan(arguments[1:]) if arguments[:1] == ["plan"] else _estimate(arguments)
+    try:
+        with main_guard():
+            code = _plan(arguments[1:]) if arguments[:1] == ["plan"] else _estimate(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads has enough, as `head` does; what is left in the buffer would raise once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code
 
 
 def _estimate(arguments: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from functools import partial
 from estimation.devices import Device
 from estimation.layouts import LOCAL_BATCH, REPLICATE, SHARD
 from estimation.plan import FULL, OP
-from estimation.question import CONTEXT, PIPELINE, TENSOR, Changes, Outcome, Question, in_processes, sequences, value_at
+from estimation.question import CONTEXT, PIPELINE, TENSOR, Changes, Outcome, Question, sequences, value_at, workers
 from titan_lite.config.errors import ConfigError
 from titan_lite.job import Job
 
@@ -35,7 +35,8 @@ def advice(question: Question, processes: int | None, tell: Callable[[str], None
     for _ in range(STEPS):
         tried = [{**together, **change} for change in _legal(question, together)]
         tell(f"trying {len(tried)} changes")
-        outcomes = list(in_processes(partial(_answered, question), tried, processes))
+        with workers(processes, len(tried)) as each:
+            outcomes = list(each(partial(_answered, question), tried))
         if fitting := [outcome for outcome in outcomes if outcome.fits]:
             return sorted(fitting, key=lambda outcome: (outcome.seconds_per_token, outcome.reserved_gib))[:MOST]
         if not outcomes:

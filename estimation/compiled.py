@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 import torch._functorch.config
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 import titan_lite.parallel.activation as activation
 from estimation.fusion import Fused
+from estimation.instead import instead
 from estimation.kernels import composite_kernels
 from estimation.trace import paused
 
@@ -161,15 +161,28 @@ def _tagged_checkpoints() -> Iterator[None]:
         meta = {"ac_graph_id": next(numbers), "recompute": CheckpointPolicy.PREFER_RECOMPUTE}
         with ExitStack() as stack:
             stack.enter_context(torch.fx.traceback.preserve_node_meta())
-            stack.enter_context(mock.patch.dict(torch.fx.traceback.current_meta, meta))
+            stack.enter_context(_noted(meta))
             if context_fn is not None:
                 recording, _again = context_fn()
                 recording.ac_graph_id = meta["ac_graph_id"]
                 stack.enter_context(recording)
             return function(*args)
 
-    with mock.patch.object(activation, "checkpoint", checkpoint):
+    with instead(activation, checkpoint=checkpoint):
         yield
+
+
+@contextmanager
+def _noted(meta: dict[str, Any]) -> Iterator[None]:
+    """Inside, operations that are traced have `meta` among what is known of them."""
+    current = torch.fx.traceback.current_meta
+    before = dict(current)
+    current.update(meta)
+    try:
+        yield
+    finally:
+        current.clear()
+        current.update(before)
 
 
 def _forward_names(joint: fx.GraphModule, n_outputs: int) -> set[str]:

@@ -61,6 +61,14 @@ class Compute:
     communication: Mapping[str, Axis]
     host_seconds: float
     """Of copies to and from host memory."""
+    exposed: float
+    """Seconds that grow with the tokens in which ranks that share tokens wait for each other's bytes: what collectives
+    between them take beside their start, as far as nothing hides it."""
+
+    @property
+    def computing(self) -> float:
+        """Seconds in which the device works."""
+        return sum(self.by_kind.values())
 
 
 def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copied: int = 0) -> Compute:
@@ -69,6 +77,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
     phases: Counter[str] = Counter()
     moved: dict[str, Axis] = {}
     micro_batch = 0
+    exposed = 0.0
     for part, events in rehearsal.trace.parts():
         for op in events:
             if not isinstance(op, Op):
@@ -79,7 +88,10 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
                 axis = rehearsal.groups.get(op.group, "world")
                 of_experts = axis in rehearsal.expert_axes and axis not in rehearsal.axes
                 axes = rehearsal.expert_axes if of_experts else rehearsal.axes
-                seconds = times * _collective_seconds(op, axis, axes, device, assumed)
+                start, transfer = _collective_seconds(op, axis, axes, device, assumed)
+                seconds = times * (start + transfer)
+                if not axis.startswith("dp_"):
+                    exposed += times * transfer * (1 - assumed.tensor_parallel_overlap)
                 so_far = moved.get(axis, Axis(0, 0, 0.0))
                 moved[axis] = Axis(so_far.nbytes + times * op.nbytes, so_far.count + times, so_far.seconds + seconds)
             else:
@@ -98,7 +110,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
         hidden = min(seconds * overlap, left)
         left -= hidden
         total += seconds - hidden
-    return Compute(total, kinds, sum(phases.values()), dict(phases), moved, host_seconds)
+    return Compute(total, kinds, sum(phases.values()), dict(phases), moved, host_seconds, exposed)
 
 
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
@@ -107,16 +119,18 @@ def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
     return max(op.flops / (peak * efficiency), op.nbytes / (device.bandwidth * assumed.bandwidth_efficiency))
 
 
-def _collective_seconds(op: Op, axis: str, axes: Mapping[str, int], device: Device, assumed: Assumptions) -> float:
+def _collective_seconds(
+    op: Op, axis: str, axes: Mapping[str, int], device: Device, assumed: Assumptions
+) -> tuple[float, float]:
     """Alpha and beta: a start for each doubling of the ranks, then bytes over the narrowest link they cross."""
     names, over = list(axes), [name for name in axis.split("+") if name in axes]
     size = math.prod(axes[name] for name in over or names)
     if size == 1:
-        return 0.0
+        return 0.0, 0.0
     stride = math.prod(axes[name] for name in names[names.index(over[-1]) + 1 :]) if over else 1
     passes = 2 if "reduce" in op.name and "scatter" not in op.name else 1
     nbytes = passes * op.nbytes * (size - 1) / size
     rate = device.link
     if size * stride > device.per_node:  # a node's ranks share its adapters, each bringing in a part
         rate = min(rate, device.nic * max(1, device.per_node // stride))
-    return assumed.latency_us * 1e-6 * math.ceil(math.log2(size)) + nbytes / (rate * assumed.link_efficiency)
+    return assumed.latency_us * 1e-6 * math.ceil(math.log2(size)), nbytes / (rate * assumed.link_efficiency)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -21,7 +22,7 @@ from titan_lite.models.flops import anew_flops_per_token, training_flops_per_tok
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.stack import RecurrentStack
 from titan_lite.models.transformer import Transformer
-from titan_lite.parallel.pipeline.plan import job_table, stage_plan
+from titan_lite.parallel.pipeline.plan import StagePlan, job_table, stage_plan
 from titan_lite.parallel.pipeline.schedule import timeline
 
 if TYPE_CHECKING:
@@ -187,24 +188,71 @@ def estimate(
     """The estimate of a job that `load_job` accepts for this world size, run as `recipe` says; of a pipeline's ranks,
     of the fullest one."""
     degree = job.parallelism.pipeline_parallel_degree
-    each = [_of_rank(job, world_size, device, assumed, recipe, i * world_size // degree) for i in range(degree)]
-    fullest = max(each, key=lambda one: one.memory.peak.total)
     if degree == 1:
-        return fullest
-    plan, span = stage_plan(job), timeline(job_table(job))
-    ranks = tuple(
-        StageEstimate(
-            tuple(plan.stages_of(rank)),
-            sum(len(plan.layers[stage]) for stage in plan.stages_of(rank)),
-            one.memory.peak.total,
-            one.reserved,
-            one.compute.seconds,
-            one.compute.flops,
-        )
-        for rank, one in enumerate(each)
+        return _of_rank(job, world_size, device, assumed, recipe, 0)
+    plan = stage_plan(job)
+    ranks: list[StageEstimate] = []
+    traced: list[Estimate] = []
+    between: list[str] = []
+    for alike in _ranks_alike(job, plan):
+        ends = [_of_rank(job, world_size, device, assumed, recipe, rank * world_size // degree) for rank in alike.ends]
+        traced += ends
+        ranks += [_on_line(plan, rank, alike, ends) for rank in alike.ranks]
+        if len(alike.ranks) > len(ends):
+            first, last = alike.ends
+            between.append(
+                f"pipeline ranks between {first} and {last}: on a line between these, whose layers are alike"
+            )
+    fullest = max(traced, key=lambda one: one.memory.peak.total)
+    bubble = timeline(job_table(job)).bubble
+    seconds = max(one.seconds for one in ranks) / (1 - bubble)
+    return replace(
+        fullest,
+        compute=replace(fullest.compute, seconds=seconds),
+        not_modelled=(*between, *fullest.not_modelled),
+        pipeline=tuple(ranks),
+        bubble=bubble,
     )
-    seconds = max(one.seconds for one in ranks) / (1 - span.bubble)
-    return replace(fullest, compute=replace(fullest.compute, seconds=seconds), pipeline=ranks, bubble=span.bubble)
+
+
+class _Alike(NamedTuple):
+    """Neighbouring pipeline ranks with equal stages, which differ in how many micro-batches are under way."""
+
+    ranks: Sequence[int]
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The first and the last, or the only one."""
+        return sorted({self.ranks[0], self.ranks[-1]})
+
+
+def _ranks_alike(job: Job, plan: StagePlan) -> Iterator[_Alike]:
+    kinds = [repr(layer) for layer in job.model.each_layer()]
+    last = plan.n_stages - 1
+
+    def look(rank: int) -> Any:
+        return [(s == 0, s == last, [kinds[layer] for layer in plan.layers[s]]) for s in plan.stages_of(rank)]
+
+    for _, ranks in groupby(range(job.parallelism.pipeline_parallel_degree), key=look):
+        yield _Alike(list(ranks))
+
+
+def _on_line(plan: StagePlan, rank: int, alike: _Alike, ends: Sequence[Estimate]) -> StageEstimate:
+    """One of ranks that are alike: what is under way, and with it the memory, grows evenly from one to the next."""
+    share = (rank - alike.ranks[0]) / max(1, len(alike.ranks) - 1)
+
+    def between(of: Callable[[Estimate], float]) -> float:
+        return of(ends[0]) + share * (of(ends[-1]) - of(ends[0]))
+
+    stages = plan.stages_of(rank)
+    return StageEstimate(
+        stages=tuple(stages),
+        layers=sum(len(plan.layers[stage]) for stage in stages),
+        peak_live=round(between(lambda one: one.memory.peak.total)),
+        reserved=round(between(lambda one: one.reserved)),
+        seconds=between(lambda one: one.compute.seconds),
+        flops=round(between(lambda one: one.compute.flops)),
+    )
 
 
 def _of_rank(
@@ -269,16 +317,12 @@ def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehea
     layout = job.parallelism
     if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
         yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
-    if not device.is_cpu and _has_other_kernels(job, model):
-        yield (
-            'model.attention.kernel = "auto" takes flex attention on CUDA here, but counts as '
-            "scaled_dot_product_attention with a mask in memory, or as eager scores"
-        )
+    if not device.is_cpu and _takes_flex(job, model):
+        yield "flex attention: counts as flash attention over whole rows, also where blocks of scores are left out"
 
 
-def _has_other_kernels(job: Job, model: Transformer) -> bool:
+def _takes_flex(job: Job, model: Transformer) -> bool:
     seq_len = job.training.seq_len
     sizes = (seq_len, math.ceil(job.model.memory.keys(seq_len)))
     kernels = (module.kernel for module in model.modules() if isinstance(module, HeadAttention))
-    devices = (torch.device("cuda"), torch.device("cpu"))
-    return any(len({kernel.acting(device, *sizes) for device in devices}) > 1 for kernel in kernels)
+    return any(kernel.acting(torch.device("cuda"), *sizes) == "flex" for kernel in kernels)

@@ -1,9 +1,9 @@
 """Operations as a CUDA device runs them, for traces that are made on a CPU.
 
 What a CPU computes in several operations, each with a result of its own, is one kernel on a device. Modelled here:
-RMSNorm (`aten._fused_rms_norm`: keeps its input and one float32 number per row). The same on both: LayerNorm, softmax,
-SwiGLU as separate products, and attention (flash attention on a CPU, too, keeps q, k, v, the output and its
-log-sum-exp).
+RMSNorm (`aten._fused_rms_norm`: keeps its input and one float32 number per row), and flex attention where CUDA would
+take it, which keeps what flash attention keeps. The same on both: LayerNorm, softmax, SwiGLU as separate products, and
+flash attention, which keeps q, k, v, the output and its log-sum-exp on a CPU, too.
 """
 
 from __future__ import annotations
@@ -15,6 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from estimation.instead import instead
+from titan_lite.models.attention.kernel import Auto
+from titan_lite.models.attention.kernel.base import n_keys
+from titan_lite.models.attention.kernel.flex import BLOCK, Flex
+from titan_lite.models.context import Context
 
 _original = F.rms_norm
 
@@ -38,22 +44,39 @@ def _rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps
     return _FusedRMSNorm.apply(x, weight, len(shape))
 
 
+_skips_on = Auto._skips
+
+
+def _skips(kernel: Auto, device: torch.device, n_queries: int, n_keys: int, documents: bool) -> bool:
+    return _skips_on(kernel, torch.device("cuda"), n_queries, n_keys, documents)
+
+
+def _blocks(kernel: Flex, context: Context) -> list[Tensor]:
+    """As large as what says which blocks of scores are computed: by row of blocks and by column, in part and whole."""
+    documents = kernel.scoring.documents(context)
+    rows, queries = 1 if documents is None else len(documents), -(-len(context.positions) // BLOCK)
+    keys = -(-(kernel.scoring.registers + n_keys(context)) // BLOCK)
+    return [torch.empty((rows, 1, queries, keys), dtype=torch.int32) for _ in range(4)]
+
+
+def _flex(kernel: Flex, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _flex_with_lse(kernel: Flex, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:
+    return _flex(kernel, q, k, v, context), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
 @contextmanager
 def composite_kernels() -> Iterator[None]:
     """Inside, functions are what a compiler sees of them: it makes kernels of its own of their parts."""
-    outside, F.rms_norm = F.rms_norm, _original
-    try:
+    with instead(F, rms_norm=_original):
         yield
-    finally:
-        F.rms_norm = outside
 
 
 @contextmanager
 def device_kernels() -> Iterator[None]:
     """Inside, a fake step keeps what it would keep on a device."""
-    original = F.rms_norm
-    F.rms_norm = _rms_norm  # type: ignore[assignment]
-    try:
+    flex = instead(Flex, prepare=_blocks, forward=_flex, with_lse=_flex_with_lse)
+    with instead(F, rms_norm=_rms_norm), instead(Auto, _skips=_skips), flex:
         yield
-    finally:
-        F.rms_norm = original

@@ -35,7 +35,7 @@ class Layouts:
         """Legal ones: of those that split a sequence's work over fewer ranks first, then of fewer replicas."""
         axes = [self._degrees(key) for key in DEGREES]
         found = [degrees for degrees in product(*axes) if self.size % math.prod(degrees[:-1]) == 0]
-        for degrees in sorted(found, key=lambda one: (math.prod(one[1:]), one[1:], one[0])):
+        for degrees in sorted(found, key=lambda one: (math.prod(one[1:]), [-n for n in one[1:]], one[0])):
             layout = dict(zip(DEGREES, degrees, strict=True)) | {SHARD: -1}
             layout = {key: value for key, value in layout.items() if key not in self.fixed}
             refusals = [self._refusal({**layout, **batch}) for batch in self.batches(layout)]

@@ -66,7 +66,7 @@ def memory_of(trace: Trace, head: str = "head") -> Memory:
             for storage, (nbytes, born) in held.items():
                 if category[storage] in ("activations", "loss"):
                     saved[born.name] += nbytes
-        highest, at, then = -1, index, dict(live)
+        highest, at, then = total, index, dict(live)
         for event in events:
             if isinstance(event, Alloc):
                 held[event.storage] = (event.nbytes, part)
@@ -80,7 +80,7 @@ def memory_of(trace: Trace, head: str = "head") -> Memory:
                 total -= nbytes
             index += 1
         if events and part.phase != "persistent":
-            timeline.append(Moment(part, at, then if highest >= 0 else dict(live)))
+            timeline.append(Moment(part, at, then))
     return Memory(max(timeline, key=lambda moment: moment.total), tuple(timeline), saved)
 
 

@@ -2,21 +2,24 @@
 
 For one layout, larger micro-batches and less recomputation never take longer per token in the model of `compute.py`,
 and never take less memory. So from the lightest checkpoint mode on, the largest micro-batch that fits is looked for;
-a mode that recomputes more is only of use with a larger one. That leaves most combinations out.
+a mode that recomputes more is only of use with a larger one. Nor is that estimated which `floors.py` finds too slow
+to be among the best. That leaves most combinations out.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from itertools import groupby
+from typing import NamedTuple
 
 import torch
 
 from estimation.devices import GIB
+from estimation.floors import CERTAIN, Degrees, Floors, bubble_of
 from estimation.layouts import LOCAL_BATCH, REPLICATE, Layouts
-from estimation.question import Changes, Outcome, Question, in_processes, value_at
+from estimation.question import CONTEXT, EXPERT, PIPELINE, TENSOR, Changes, Outcome, Question, value_at, workers
 from estimation.rehearsal import vocabulary
 from titan_lite.config.errors import ConfigError
 from titan_lite.job import Job
@@ -34,7 +37,12 @@ SMALLER = "a smaller micro-batch does not fit"
 LINE = "on the line through two smaller micro-batches it does not fit"
 FEWER = "with fewer replicas, which take less memory, it does not fit"
 LARGER = "a larger micro-batch fits"
+HEAVIER = "a mode that recomputes more does not fit with as small a micro-batch"
+SLOWER = f"slower than {CERTAIN} that fit, by what others take"
 """Why a candidate is not estimated."""
+
+TOGETHER = 4
+"""Layouts that are searched without knowing of each other."""
 
 
 @dataclass
@@ -95,14 +103,35 @@ def plan(
     fitting = list(_without_those_too_large_at_rest(climbs, found))
     found.layouts, found.left_out = min(len(fitting), limit), max(0, len(fitting) - limit)
     tell(f"{len(every)} legal layouts, {found.layouts} of them to be estimated")
-    families = [list(family) for _, family in groupby(fitting[:limit], key=lambda climb: climb.family)]
-    done = 0
-    for family in in_processes(_run_family, families, processes):
-        for climb in family:
-            done += 1
-            found.add(climb)
-            tell(f"{done} of {found.layouts}: {climb.summary}")
+    for number, climb in enumerate(_climbed(fitting[:limit], processes), start=1):
+        found.add(climb)
+        tell(f"{number} of {found.layouts}: {climb.summary}")
     return found
+
+
+def _climbed(climbs: Sequence[Climb], processes: int | None) -> Iterator[Climb]:
+    """All of them, done. The first by itself, whose layout tells most about others; then `TOGETHER` at a time, each of
+    which knows of all that came before: the same in any number of processes.
+    """
+    if not climbs:
+        return
+    first, floors = climbs[0].run(), Floors()
+    floors.learn_computing(first.known)
+    first.teach(floors)
+    if first.own is not None and first.own not in first.known.values():
+        floors.learn_of(first.own)
+    done = [first]
+    yield first
+    with workers(processes, len(climbs) - 1) as each:
+        for start in range(1, len(climbs), TOGETHER):
+            wave = climbs[start : start + TOGETHER]
+            for climb in wave:
+                climb.floors, climb.tight = deepcopy(floors), not first.fits_at_once
+                climb.of_fewer = [other.facts for other in done if other.family == climb.family]
+            for climb in each(Climb.run, wave):
+                climb.teach(floors)
+                done.append(climb)
+                yield climb
 
 
 def _own(question: Question) -> Outcome | None:
@@ -144,6 +173,13 @@ def _bytes_at_rest(climbs: Sequence[Climb], found: Plan) -> float:
     return sum(parameter.nbytes for parameter in model.parameters()) * (1 + states / parameters)
 
 
+class Facts(NamedTuple):
+    """Of a search within a layout that is done."""
+
+    rest_gib: float
+    known: Mapping[tuple[int, int], Outcome]
+
+
 @dataclass
 class Climb:
     """The search within one layout."""
@@ -156,19 +192,37 @@ class Climb:
     own: Outcome | None
     rest_gib: float = 0.0
     """A bound of what weights and optimizer states take."""
-    fewer: Climb | None = None
-    """The same with fewer replicas, which is done: it takes less memory, at least by what rests."""
+    floors: Floors = field(default_factory=Floors)
+    """What is known at its beginning, and what it learns."""
+    tight: bool = False
+    """Whether the lightest mode is likely not to fit: then heavy ones come first, which may rule out all others."""
+    of_fewer: Sequence[Facts] = ()
+    """Of the same with fewer replicas: it takes less memory, at least by what rests."""
     outcomes: list[Outcome] = field(default_factory=list)
     pruned: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
-    live_gib: dict[tuple[int, int], float] = field(default_factory=dict)
-    """(number of the mode, micro-batch) -> what it takes."""
+    known: dict[tuple[int, int], Outcome] = field(default_factory=dict)
+    """(number of the mode, micro-batch) -> what came of it."""
+
+    @property
+    def facts(self) -> Facts:
+        """What others want to know of it."""
+        return Facts(self.rest_gib, self.known)
+
+    @property
+    def fits_at_once(self) -> bool:
+        """Whether the smallest micro-batch fits in the lightest mode."""
+        return any(mode == 0 and outcome.fits for (mode, _), outcome in self.known.items())
 
     @property
     def replicas(self) -> int:
         """Groups of ranks with all of the weights."""
-        given = self.given.parallelism.data_parallel_replicate_degree
-        return int(self.layout.get(REPLICATE, given))
+        return self._degree(REPLICATE)
+
+    @property
+    def degrees(self) -> Degrees:
+        """Over how many ranks a sequence's work is spread."""
+        return tuple(map(self._degree, (TENSOR, CONTEXT, PIPELINE, EXPERT)))
 
     @property
     def family(self) -> Changes:
@@ -180,47 +234,69 @@ class Climb:
         """A line for people who wait."""
         best = min((outcome.step_seconds for outcome in self.outcomes if outcome.fits), default=None)
         said = "none fits" if best is None else f"steps from {best:.3f} s on"
-        return f"{self.outcomes[0].layout}: {len(self.outcomes)} estimates, {said}" if self.outcomes else "none fits"
+        return f"{self.outcomes[0].layout}: {len(self.outcomes)} estimates, {said}" if self.outcomes else "left out"
 
     def example(self) -> Outcome:
         """The first candidate."""
         return self.question.answer({**self.layout, **self.batches[0]})
 
+    def teach(self, floors: Floors) -> None:
+        """Hands on what its estimates tell about other layouts."""
+        for (mode, _), outcome in self.known.items():
+            floors.learn(mode, self.degrees, outcome)
+
     def run(self) -> Climb:
         """Estimates what cannot be left out."""
         largest: list[int] = []
-        for number, mode in enumerate(self.modes):
+        lightest = self._lightest_that_may_fit() if self.tight else 0
+        for number in range(len(self.modes)):
+            if number < lightest:
+                self.pruned[HEAVIER] += sum((number, self._size(batch)) not in self.known for batch in self.batches)
+                continue
             lighter = largest[:1] if number < len(self.modes) - 1 else largest  # of parts of blocks none is the lighter
             useful = [batch for batch in self.batches if self._size(batch) > max(lighter, default=0)]
             self.pruned[RECOMPUTES] += len(self.batches) - len(useful)
-            largest.append(self._largest(number, mode, useful))
+            largest.append(self._largest(number, useful))
         return self
+
+    def _lightest_that_may_fit(self) -> int:
+        """The number of a mode; that behind the last where none fits with the smallest micro-batch."""
+        last, batch = len(self.modes) - 1, self.batches[0]
+        for number in range(last, 0, -1):
+            if self._too_large(number, {}, self._size(batch)) or self._too_slow(number, batch):
+                return 0
+            outcome = self._answer(number, batch)
+            if outcome is not None and outcome.fits is False:
+                return last + 1 if number == last else 1  # the lightest is lighter than each, and the last heavier
+        return 0
+
+    def _degree(self, key: str) -> int:
+        return int(self.layout.get(key, value_at(self.given, key)))
 
     def _size(self, batch: Changes) -> int:
         return int(batch.get(LOCAL_BATCH, self.given.training.local_batch_size))
 
-    def _largest(self, number: int, mode: Changes, batches: Sequence[Changes]) -> int:
-        """The largest micro-batch that fits; 0 where none does."""
+    def _largest(self, number: int, batches: Sequence[Changes]) -> int:
+        """The largest micro-batch that fits in a mode; 0 where none does."""
         best = 0
         known: dict[int, Outcome] = {}
         while batches:
             left = []
             for batch in batches:
-                why = self._too_large(number, known, self._size(batch))
+                why = self._too_large(number, known, self._size(batch)) or self._too_slow(number, batch)
                 self.pruned[why] += bool(why)
                 left += [] if why else [batch]
             if not left:
                 break
             batch = left[0] if len(known) < 2 else left[-1]
             size = self._size(batch)
-            outcome = self._answer({**self.layout, **mode, **batch})
+            outcome = self._answer(number, batch)
             smaller = [other for other in left if self._size(other) < size]
             larger = [other for other in left if self._size(other) > size]
             if outcome is None:
                 batches = smaller + larger
                 continue
             known[size] = outcome
-            self.live_gib[number, size] = outcome.live_gib
             if outcome.fits:
                 best = size
             self.pruned[LARGER if outcome.fits else SMALLER] += len(smaller if outcome.fits else larger)
@@ -236,34 +312,41 @@ class Climb:
             slope = (second.live_gib - first.live_gib) / (m - n)
             if second.live_gib + slope * (size - m) > second.limit_gib:
                 return LINE
-        if self.fewer is not None:
-            more = self.rest_gib - self.fewer.rest_gib
-            of_fewer = [live + more for (mode, n), live in self.fewer.live_gib.items() if mode == number and n <= size]
-            if max(of_fewer, default=0.0) > self.question.device.memory_gib:
-                return FEWER
-        return ""
+        live = (
+            outcome.live_gib + self.rest_gib - fewer.rest_gib
+            for fewer in self.of_fewer
+            for (mode, n), outcome in fewer.known.items()
+            if mode == number and n <= size
+        )
+        return FEWER if max(live, default=0.0) > self.question.device.memory_gib else ""
 
-    def _answer(self, changes: Changes) -> Outcome | None:
+    def _too_slow(self, number: int, batch: Changes) -> str:
+        """Why a micro-batch cannot be among the fastest; nothing where it may."""
+        if not self.floors.full:
+            return ""
+        try:
+            bubble = bubble_of(self.question, {**self.layout, **batch}) if self.degrees[2] > 1 else 0.0
+        except ConfigError:
+            return ""
+        return SLOWER if self.floors.rule_out(number, self.degrees, bubble) else ""
+
+    def _answer(self, number: int, batch: Changes) -> Outcome | None:
         """None where the config check refuses it."""
+        place = (number, self._size(batch))
+        if place in self.known:
+            return self.known[place]
+        changes = {**self.layout, **self.modes[number], **batch}
         changes = {key: value for key, value in changes.items() if value_at(self.given, key) != value}
         if not changes and self.own is not None:
-            return self.own
-        try:
-            outcome = self.question.answer(changes)
-        except ConfigError as error:
-            problem = error.problems[0]
-            self.refused[f"{problem.key}: {problem.why}"] += 1
-            return None
-        self.outcomes.append(outcome)
+            outcome = self.own
+        else:
+            try:
+                outcome = self.question.answer(changes)
+            except ConfigError as error:
+                problem = error.problems[0]
+                self.refused[f"{problem.key}: {problem.why}"] += 1
+                return None
+            self.outcomes.append(outcome)
+        self.known[place] = outcome
+        self.floors.learn(number, self.degrees, outcome)
         return outcome
-
-
-def _run_family(climbs: list[Climb]) -> list[Climb]:
-    """Climbs that differ in replicas, fewest first."""
-    fewer = None
-    for climb in climbs:
-        climb.fewer = fewer
-        fewer = climb.run()
-    for climb in climbs:
-        climb.fewer = None
-    return climbs

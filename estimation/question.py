@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -67,6 +68,10 @@ class Outcome:
     """In a step, over all devices."""
     rest_gib: tuple[float, float]
     """What parameters and what the states of the optimizer hold between steps."""
+    computing: float
+    """Share of the step in which devices compute; 0 where pipeline ranks compute differently long."""
+    exposed: float
+    """Share in which they wait for bytes of ranks that share their tokens; 0 of a pipeline, as above."""
 
     @classmethod
     def of(cls, changes: Changes, job: Job, found: Estimate) -> Outcome:
@@ -88,6 +93,8 @@ class Outcome:
             mfu=found.mfu,
             sequences=sequences(job, found.world_size),
             rest_gib=(live.get("parameters", 0) / GIB, live.get("optimizer state", 0) / GIB),
+            computing=0.0 if found.pipeline else found.compute.computing / found.compute.seconds,
+            exposed=0.0 if found.pipeline else found.compute.exposed / found.compute.seconds,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -181,20 +188,21 @@ def keys_of(overrides: Sequence[str]) -> frozenset[str]:
     return frozenset(key_text(renamed(tuple(name[2:].split(".")))) for name in names)
 
 
-def in_processes(run: Callable[[T], R], items: Sequence[T], processes: int | None) -> Iterator[R]:
-    """`run` of each item, in their order, in so many processes; in this one where there is but one to start.
+@contextmanager
+def workers(processes: int | None, most: int) -> Iterator[Callable[[Callable[[T], R], Sequence[T]], Iterator[R]]]:
+    """Like `map`, in so many processes; in this one where there is but one to start. `most` = items at a time.
 
     None = as many as this process has CPUs, up to `MOST_PROCESSES`.
     """
-    processes = min(processes or _cpus(), len(items))
+    processes = min(processes or _cpus(), most)
     if processes <= 1:
-        yield from map(run, items)
+        yield map
         return
     # A server that has imported what it takes forks all others: this process may have threads, which a fork forgets.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["estimation.plan"])
     with ProcessPoolExecutor(processes, context) as pool:
-        yield from pool.map(run, items)
+        yield pool.map
 
 
 def _cpus() -> int:

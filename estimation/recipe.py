@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any, cast
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 
 from estimation.compiled import Graphs, Region
+from estimation.instead import instead
 from estimation.world import FakeWorld
 from titan_lite.models.context import TrainingFacts
 from titan_lite.models.embedding.base import Embedding
@@ -57,7 +57,7 @@ class EndsInRoot(Recipe):
     @contextmanager
     def building(self) -> Iterator[None]:
         tied = property(lambda model: True, lambda model, value: vars(model).update(tied=value))
-        with mock.patch.object(Transformer, "tied", tied, create=True):
+        with instead(Transformer, tied=tied):
             yield
 
 
@@ -76,11 +76,8 @@ class PureBfloat16(EndsInRoot):
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        with (
-            super().building(),
-            mock.patch.object(Embedding, "tp_plan", return_value={"weight": SEQ}),
-            mock.patch.object(Embedding, "split", _look_up_in_whole),
-        ):
+        whole = instead(Embedding, tp_plan=lambda embedding: {"weight": SEQ}, split=_look_up_in_whole)
+        with super().building(), whole:
             yield
 
     def built(self, training: Training, job: Job, graphs: Graphs) -> Training:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.fsdp import FSDPModule
 
 from estimation.compiled import Graphs, Region
+from estimation.instead import instead
 from estimation.kernels import device_kernels
 from estimation.ops import NEXT_MICRO_BATCH
 from estimation.recipe import Recipe
@@ -29,8 +31,11 @@ from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
 from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.parallel import apply
+from titan_lite.parallel.activation import apply_activation_checkpointing
+from titan_lite.parallel.config import ActivationCheckpoint
 from titan_lite.parallel.mesh import SHARDS
-from titan_lite.parallel.pipeline.plan import micro_batch_rows, n_micro_batches
+from titan_lite.parallel.pipeline.plan import micro_batch_rows, n_micro_batches, stage_plan
 from titan_lite.parallel.precision import Precision
 from titan_lite.step import MicroBatch, Training, build, step
 
@@ -66,11 +71,10 @@ class Rehearsal:
 class _Kept(Transformer.Config):
     """A model with some layers of another only."""
 
-    _numbers: list[int] = PrivateAttr(default_factory=list)
+    _layers: list[Layer] = PrivateAttr(default_factory=list)
 
     def each_layer(self) -> list[Layer]:
-        layers = super().each_layer()
-        return [layers[number] for number in self._numbers]
+        return self._layers
 
 
 def vocabulary(job: Job) -> int:
@@ -97,8 +101,7 @@ def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS, 
     `on_device`: with operations as a CUDA device runs them (see `kernels.py`), not as this machine's CPU does. Of many
     equal layers a few are traced and stand for the others, where they are found to do equal things.
     """
-    several = job.parallelism.pipeline_parallel_degree > 1  # stages, whose layers have numbers that count
-    for periods in [None] if several or recipe.one_graph else _ways_to_repeat(job.model, _every(job)):
+    for periods in [None] if recipe.one_graph else _ways_to_repeat(job, rank, world_size):
         if periods is None:
             return _rehearse(job, world_size, on_device, recipe, None, rank)
         try:
@@ -115,16 +118,47 @@ def _every(job: Job) -> int:
     return int(checkpoint.selective_ac_option) if by_layer else 1
 
 
-def _ways_to_repeat(model: Transformer.Config, multiple_of: int) -> Iterator[Periods | None]:
+def _ways_to_repeat(job: Job, rank: int, world_size: int) -> Iterator[Periods | None]:
     """What to try, cheapest first: layers that only look equal may treat what earlier ones left differently."""
+    model = job.model
     if isinstance(model.stack, PlainStack.Config) and isinstance(model.memory, NoLaneMemory.Config):
         kinds: list[Any] = [repr(layer) for layer in model.each_layer()]
+        own = _own_layers(job, rank, world_size)
+        kinds[: own.start], kinds[own.stop :] = range(own.start), range(own.stop, len(kinds))
         for different in range(2):
-            kinds[:different] = range(different)
-            periods = Periods.of(kinds, multiple_of)
+            kinds[own.start : own.start + different] = range(own.start, own.start + different)
+            periods = Periods.of(kinds, _every(job))
             if periods is not None and periods.left_out:
                 yield periods
     yield None
+
+
+def _own_layers(job: Job, rank: int, world_size: int) -> range:
+    """The layers of the rank, as far as some may stand for others: where it has several stages, none."""
+    degree = job.parallelism.pipeline_parallel_degree
+    if degree == 1:
+        return range(len(job.model.each_layer()))
+    plan = stage_plan(job)
+    stages = plan.stages_of(rank * degree // world_size)
+    return plan.layers[stages[0]] if len(stages) == 1 else range(0)
+
+
+def _with_layers(job: Job, numbers: Sequence[int]) -> Job:
+    """The job with some of its layers only, each on the stage where it was."""
+    layers, layout = job.model.each_layer(), job.parallelism
+    fields: dict[str, Any] = dict(job.model)
+    if layout.pipeline_parallel_degree > 1:
+        fields["n_layers"] = len(numbers)
+        stages: list[list[str]] = [
+            [f"stack.blocks.{place}" for place, number in enumerate(numbers) if number in its]
+            for its in stage_plan(job).layers
+        ]
+        stages[0].insert(0, "embedding")
+        stages[-1] += ["norm", "head"]
+        layout = layout.model_copy(update={"module_fqns_per_model_part": stages})
+    kept = _Kept.model_construct(**fields)
+    kept._layers = [layers[number] for number in numbers]
+    return job.model_copy(update={"model": kept, "parallelism": layout})
 
 
 def _rehearse(
@@ -132,15 +166,13 @@ def _rehearse(
 ) -> Rehearsal:
     layers = len(job.model.stack.executed(job.model.n_layers))
     if periods is not None:
-        kept = _Kept.model_construct(**dict(job.model))
-        kept._numbers = periods.kept
-        job = job.model_copy(update={"model": kept})
+        job = _with_layers(job, periods.kept)
     precision = Precision.of(job, torch.device("cpu"))
     with ExitStack() as stack:
         stack.enter_context(_quiet())
         stack.enter_context(device_kernels() if on_device else nullcontext())
         world = stack.enter_context(fake_world(job, precision, world_size, rank))
-        with recipe.building():
+        with recipe.building(), _checkpoints(compiled_on_cpu=job.compile.compiles("model") and not on_device):
             training = build(_eager(job), world, precision, vocabulary(job), blank=True)
         graphs = _compiled(training, job)
         training = recipe.built(training, job, graphs)
@@ -170,6 +202,15 @@ def _eager(job: Job) -> Job:
     compile_ = job.compile.model_copy(update={"enable": False})
     changes = {"training": training, "activation_checkpoint": checkpoint, "compile": compile_}
     return job.model_copy(update=changes)
+
+
+def _checkpoints(compiled_on_cpu: bool) -> AbstractContextManager[None]:
+    """Inside, checkpoints are made for blocks that will be compiled for a CPU, or not, whatever the world says."""
+    return instead(apply, apply_activation_checkpointing=partial(_apply_checkpoints, compiled_on_cpu))
+
+
+def _apply_checkpoints(compiled_on_cpu: bool, model: Transformer, config: ActivationCheckpoint, _: bool) -> None:
+    apply_activation_checkpointing(model, config, compiled_on_cpu)
 
 
 def _compiled(training: Training, job: Job) -> Graphs:
@@ -206,14 +247,33 @@ def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -
     names = {module: name for name, module in model.named_modules()}
     units = {names[unit]: unit for part in model.stages for unit in part.shard_units()}
     handle = training.optimizer.register_step_pre_hook(lambda *_: tracer.enter("optimizer", ""))
+    reductions = _reductions_apart(tracer, units) if training.world.pp_size > 1 else nullcontext()
     try:
-        with traced(tracer, units) as trace:
+        with reductions, traced(tracer, units) as trace:
             own(tracer, training, units)
             tracer.enter("forward", "")
             step(replace(training, objective=cast(LanguageModeling, objective)), batches, n_tokens, 1)
     finally:
         handle.remove()
     return trace
+
+
+@contextmanager
+def _reductions_apart(tracer: Tracer, units: dict[str, nn.Module]) -> Iterator[None]:
+    """Cuts the trace where a unit's gradients are reduced, which a pipeline does for all when backward is over."""
+
+    def reduced(name: str, group: Any, post_backward: Callable[..., None], *unused: Any) -> None:
+        if group.reduce_grads:
+            tracer.enter("backward", name)
+        post_backward(*unused)
+        if group.reduce_grads:
+            tracer.enter("backward", "")
+
+    with ExitStack() as inside:
+        for name, unit in units.items():
+            for group in unit._get_fsdp_state()._fsdp_param_groups if isinstance(unit, FSDPModule) else ():
+                inside.enter_context(instead(group, post_backward=partial(reduced, name, group, group.post_backward)))
+        yield
 
 
 def own(tracer: Tracer, training: Training, units: dict[str, nn.Module]) -> None:

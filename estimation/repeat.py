@@ -97,11 +97,12 @@ class _Repetition:
         parts = [(part, events) for part, events in self.trace.parts() if events]
         self._name(parts)
         self._check(parts)
-        index = 0
+        index = before = 0
         while index < len(parts):
             part, events = parts[index]
             place = self._place(part)
             if place is None or place[0] != MIDDLE:
+                before = before if place is None else place[0]
                 self._emit(part, events, 0 if place is None or place[0] < MIDDLE else self.periods.copies)
                 index += 1
                 continue
@@ -109,7 +110,7 @@ class _Repetition:
             while end < len(parts) and (self._place(parts[end][0]) or (0, 0))[0] == MIDDLE:
                 end += 1
             copies = range(self.periods.copies + 1)
-            for copy in copies if part.phase == "forward" else reversed(copies):
+            for copy in copies if before < MIDDLE else reversed(copies):
                 for inner, inner_events in parts[index:end]:
                     self._emit(inner, inner_events, copy)
             index = end
@@ -145,7 +146,8 @@ class _Repetition:
         self.result.cuts.append((len(self.result.events), self._shifted(part, shift)))
         for event in events:
             if isinstance(event, Op):
-                grows = part.phase == "optimizer" and event.kind != "collective"
+                of_all = part.phase == "optimizer" or event.name.startswith("_foreach_")
+                grows = of_all and event.kind != "collective" and self._place(part) is None
                 self.result.events.append(event._replace(nbytes=round(event.nbytes * self.growth)) if grows else event)
                 continue
             for each in self._shifts(event, part, shift):

@@ -74,10 +74,11 @@ def _memory(found: Estimate) -> list[str]:
     for name, nbytes in found.host.held.items():
         lines.append(f"  {nbytes / GIB:10.3f} GiB  of host memory: {name}")
     if found.pipeline:
-        lines.append("each pipeline rank's peak, the fullest of which is above:")
+        lines.append("each pipeline rank's peak; what is above is of the fullest:")
     for rank, each in enumerate(found.pipeline):
         stages = ", ".join(map(str, each.stages))
-        lines.append(f"  {each.peak_live / GIB:10.3f} GiB  rank {rank}: stages {stages}, {each.layers} layers")
+        most = ", the fullest" if each.peak_live == peak.total else ""
+        lines.append(f"  {each.peak_live / GIB:10.3f} GiB  rank {rank}: stages {stages}, {each.layers} layers{most}")
     return lines
 
 

@@ -255,7 +255,7 @@ def _scratch_on_cpu(func: Any, args: Any, op: Op | None, result: Any) -> Iterato
     """Bytes that a CPU's kernel needs beside its result, where a device's needs none.
 
     Elementwise operations convert operands to one dtype before they begin. Without units for bfloat16, matrix products
-    in it sum up in float32 first.
+    in it sum up in float32 first. gloo gathers into a buffer of its own, and scatters sums out of a copy of its input.
     """
     if torch.Tag.pointwise in func.tags:
         operands = [arg for arg in args if isinstance(arg, Tensor) and arg.ndim and arg.is_floating_point()]
@@ -268,6 +268,8 @@ def _scratch_on_cpu(func: Any, args: Any, op: Op | None, result: Any) -> Iterato
         and not native_bf16(torch.device("cpu"))
     ):
         yield 4 * result.numel()
+    elif op is not None and op.kind == "collective" and ("gather" in op.name or "scatter" in op.name):
+        yield op.nbytes
 
 
 _entered: list[Tracer] = []

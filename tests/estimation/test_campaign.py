@@ -34,7 +34,6 @@ from tests.estimation.test_accuracy import (
 
 Change = Mapping[str, Any]
 
-WINDOW = {"model": {"attention": {"mask": {"window": 32}}}}
 PARALLEL = {"model": {"block": {"type": "parallel"}}}
 MLP = {"model": {"norm": {"type": "layernorm"}, "ffn": {"type": "mlp"}}}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 
 from estimation.__main__ import main
 from estimation.devices import NAMES, device_of
+from estimation.estimate import _Alike, estimate
+from titan_lite.config.load import job_from_dict
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
 ONE_MICRO_BATCH = ("--training.global_batch_size=-1", "--training.local_batch_size=1")
@@ -58,6 +62,31 @@ def test_every_rank_of_a_pipeline(capsys: pytest.CaptureFixture[str]):
     assert found["step_seconds"] == pytest.approx(max(rank["seconds"] for rank in found["pipeline"]) / (1 - 1 / 5))
     assert found["peak_live_gib"] == max(rank["peak_live_gib"] for rank in found["pipeline"])
     assert found["flops_per_token"] == pytest.approx(found["formula_flops_per_token"], rel=0.1)
+
+
+def test_ranks_between_those_that_are_traced(monkeypatch: pytest.MonkeyPatch):
+    """Of equal ones in the middle of a pipeline the ends are traced; the others lie where a trace finds them."""
+    model = {"dim": 64, "n_layers": 8, "vocab_size": 512, "attention": {"n_heads": 4}}
+    tables = {"model": model, "training": {"local_batch_size": 5, "seq_len": 64, "loss_chunk_tokens": 0}}
+    tables["parallelism"] = {"pipeline_parallel_degree": 5}
+    job, device = job_from_dict(tables, 5, files=False), device_of("h100-80gb")
+    some = estimate(job, 5, device)
+    assert any("between 1 and 3" in line for line in some.not_modelled)
+    monkeypatch.setattr("estimation.estimate._ranks_alike", lambda *_: [_Alike([rank]) for rank in range(5)])
+    every = estimate(job, 5, device)
+    for one, other in zip(some.pipeline, every.pipeline, strict=True):
+        assert one.peak_live == pytest.approx(other.peak_live, rel=1e-3)
+        assert one.seconds == pytest.approx(other.seconds, rel=1e-3)
+        assert one.flops == other.flops
+
+
+def test_a_reader_that_has_enough(monkeypatch: pytest.MonkeyPatch):
+    """As `| head -1`: no complaint, and 0."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main([str(FOLDER / "debug.toml"), "--training.seq_len=64", *ONE_MICRO_BATCH]) == 0
 
 
 def test_a_report_for_people(capsys: pytest.CaptureFixture[str]):

@@ -28,6 +28,23 @@ MODES: dict[str, dict[str, Any]] = {
 }
 
 
+def test_checkpoints_over_ranks_keep_what_is_random_on_a_cpu():
+    """Fused attention, which a device computes again: its result and log-sum-exp, of each rank's heads."""
+    tables: dict[str, Any] = {
+        "model": {"dim": 128, "n_layers": 3, "vocab_size": VOCAB, "attention": {"n_heads": 4}},
+        "training": {"local_batch_size": 2, "seq_len": 128, "loss_chunk_tokens": 0, "mixed_precision_param": "float32"},
+        "activation_checkpoint": {"mode": "full"},
+        "compile": {"enable": True, "components": ["model"]},
+        "parallelism": {"tensor_parallel_degree": 2},
+    }
+    job = job_from_dict(tables, 2, files=False)
+    here, there = (rehearse(job, 2, on_device=on_device) for on_device in (False, True))
+    assert not here.failures
+    assert not there.failures
+    saved, less = (memory_of(each.trace).saved["stack.blocks.1"] for each in (here, there))
+    assert saved - less == pytest.approx(2 * 128 * (128 // 2 + 2) * 4, rel=0.01)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_blocks_keep_what_torch_compile_keeps(mode: str):
     """Bytes that a compiled forward leaves behind, by the allocator's events."""

@@ -42,8 +42,9 @@ def rehearsed(config: dict[str, Any], size: int = 1) -> Rehearsal:
         {"activation_checkpoint": {"mode": "selective", "selective_ac_option": "2"}},
         {"optimizer": {"implementation": "foreach"}, "training": {"global_batch_size": 32}},
         {"parallelism": {"tensor_parallel_degree": 2}, "activation_checkpoint": {"mode": "full"}},
+        {"parallelism": {"pipeline_parallel_degree": 2}},
     ],
-    ids=["every second", "foreach, accumulating", "tensor parallel, full"],
+    ids=["every second", "foreach, accumulating", "tensor parallel, full", "pipeline"],
 )
 def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
     """A trace of five layers or pairs, repeated, is the trace of all of them."""
@@ -59,6 +60,7 @@ def test_layers_left_out_are_there(sections: dict[str, Any], monkeypatch: pytest
     assert ours.flops == theirs.flops
     assert ours.communication["dp_shard"].nbytes == pytest.approx(theirs.communication["dp_shard"].nbytes, rel=1e-3)
     assert ours.seconds == pytest.approx(theirs.seconds, rel=0.01)
+    assert replay(short.trace.events) == replay(whole.trace.events)
 
 
 def test_experts_over_ranks():
@@ -89,6 +91,14 @@ def test_saved_activations_of_a_block():
     assert full == x
     # The input; of q, k, v, the output matrix, gate, up and down each second product; attention's result.
     assert op == pytest.approx(x + x + kv + hidden + x + x + B * 4 * T * 4, rel=0.02)
+
+
+def test_windows_keep_what_flash_attention_keeps():
+    """On CUDA flex attention leaves out what a window hides, and holds neither the mask nor scores."""
+    plain, windowed = (tables(3, training={"seq_len": 512}) for _ in range(2))
+    windowed["model"]["attention"] |= {"masks": [{"type": "causal"}, {"type": "sliding_window", "window": 64}]}
+    of_plain, of_windowed = (memory_of(rehearsed(each).trace).saved for each in (plain, windowed))
+    assert of_windowed["stack.blocks.1"] == of_plain["stack.blocks.1"]
 
 
 def _saved(checkpoint: dict[str, Any]) -> int:

@@ -12,8 +12,9 @@ import pytest
 from estimation.__main__ import main
 from estimation.compute import Assumptions
 from estimation.devices import device_of
+from estimation.floors import Floors
 from estimation.layouts import EXPERT, LOCAL_BATCH, REPLICATE, SHARD, TENSOR, Layouts
-from estimation.plan import MODE, OPTION, Plan, _modes, plan
+from estimation.plan import HEAVIER, MODE, OPTION, Plan, _modes, plan
 from estimation.plot import draw_plan
 from estimation.question import Changes, Outcome, Question, keys_of
 from titan_lite.config.load import load_job
@@ -66,6 +67,7 @@ class Formula(Question):
         return Outcome(
             changes, f"{replicas} {tp}", name, batch, live, live * 1.05, 70.0, 70.0 - live * 1.05, live * 1.05 <= 70.0,
             seconds, seconds / (batch * ranks), 1.0, 0.5, batch * ranks, (rest / 4, rest * 3 / 4),
+            (batch * (1 + again) / tp + 0.1) / seconds, 0.0,
         )  # fmt: skip
 
 
@@ -117,6 +119,35 @@ def test_most_candidates_are_not_asked_about(config: Path):
     assert len(question.asked) < every / 3
     assert all(found.pruned.values())
     assert len(found.estimated) + sum(found.pruned.values()) + sum(found.refused.values()) >= every
+
+
+def test_heavy_modes_come_first_where_light_ones_do_not_fit(config: Path):
+    """Over two tensor-parallel ranks per-op checkpoints do not fit, so that none at all are not tried; of two replicas
+    full ones do not, so that nothing else is.
+    """
+    overrides = ("--training.local_batch_size=7", *ONE_STAGE)
+    question = formula(config, 2, *overrides)
+    every = [question.answer(changes) for changes in every_candidate(question, keys_of(overrides))]
+    found = searched(formula(config, 2, *overrides), *overrides)
+    assert found.pruned[HEAVIER] == 1 + 2
+    assert found.ranked[0].seconds_per_token == min(o.seconds_per_token for o in every if o.fits)
+
+
+def test_what_others_take_rules_out_what_is_slower(config: Path):
+    """0.9 seconds of a token grow with the micro-batch, and 0.3 are those of its weights."""
+    some = formula(config, 8).answer({})
+    one, two = (replace(some, seconds_per_token=0.9 + 0.3 / n, computing=1.0, fits=True) for n in (1, 2))
+    floors, alone, bubble = Floors(), (1, 1, 1, 1), 0.2
+    floors.learn_computing({(0, 1): one, (0, 2): two})
+    assert floors.computing == {0: pytest.approx(0.9)}
+    for seconds in (0.95, 1.0, 1.05):
+        assert not floors.rule_out(0, alone, bubble)
+        floors.learn(0, alone, replace(some, seconds_per_token=seconds, fits=True, exposed=0.0))
+    assert not floors.rule_out(0, alone, 0.0)
+    assert floors.rule_out(0, alone, bubble)
+    floors.learn(0, (2, 1, 1, 1), replace(some, seconds_per_token=1.2, fits=True, exposed=0.25))
+    assert floors.rule_out(0, (4, 1, 1, 1), 0.0)
+    assert not floors.rule_out(0, (1, 4, 1, 1), 0.0)
 
 
 def test_legal_layouts(config: Path):
