@@ -67,8 +67,12 @@ def rows_of(training: Training) -> range:
 
 def micro_batches(training: Training, index: int, size: int = ROWS) -> list[MicroBatch]:
     """This rank's rows of a global batch, `size` at a time, or as many as a pipeline takes."""
-    size = getattr(getattr(training.model, "pipeline", None), "rows", size)
-    return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in share(training, index)), strict=True)]
+    return split(share(training, index), getattr(getattr(training.model, "pipeline", None), "rows", size))
+
+
+def split(rows: MicroBatch, size: int) -> list[MicroBatch]:
+    """`size` of them at a time."""
+    return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in rows), strict=True)]
 
 
 class _Batches:
@@ -92,7 +96,7 @@ def built(tables: dict[str, Any]) -> Training:
     sharded = dist.is_initialized() or precision.mixed
     world = World.connect(job.parallelism, CPU, sharded, 60, len(precision.masters) > 1)
     training = build(job, world, precision, VOCAB)
-    calibrate(training, lambda: _Batches(training), lambda one: [one])
+    calibrate(training, lambda: _Batches(training), lambda rows: split(rows, job.training.local_batch_size))
     trained = [parameter for parameter in training.model.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer = torch.optim.SGD(trained, momentum=MOMENTUM)
     if job.training.enable_optimizer_offload:

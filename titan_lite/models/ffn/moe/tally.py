@@ -23,7 +23,7 @@ def counts(experts: Tensor, n_experts: int) -> Tensor:
 class Tally(Module):
     """Counts the experts chosen in the micro-batches of a training step, on this rank.
 
-    Where activations are recomputed, each choice is counted twice: read shares and ratios, not numbers.
+    Where a compiled block recomputes activations, each choice may count twice: read shares and ratios, not numbers.
     """
 
     weighs_tokens: ClassVar[bool] = True
@@ -37,8 +37,13 @@ class Tally(Module):
         self.last: Tensor | None = None
 
     def add(self, experts: Tensor) -> None:
-        """Counts expert numbers of any shape."""
-        self.count.add_(counts(experts.flatten()[None], self.n_experts)[0])
+        """Counts expert numbers of any shape.
+
+        Not in backward, where activations are recomputed: once, or for each part of a backward that is split, which is
+        that of some micro-batches of a pipeline's run and not of others.
+        """
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self.count.add_(counts(experts.flatten()[None], self.n_experts)[0])
 
     def close(self) -> Tensor:
         """Ends the step: returns its count (E,), which stays readable as `last`, and starts again from 0."""
