@@ -89,7 +89,6 @@ REFUSED = {
     "training.local_batch_size",  # too few micro-batches for a schedule
     "model.head.tied",  # the embedding, when first and last stage are on one rank
     "model.mtp.type",  # the same; or the last layer, when the last stage has none
-    "parallelism.context_parallel_load_balancer",  # a compiled ring in which a rank sees nothing of the others
     "parallelism.expert_tensor_parallel_degree",  # experts of one neuron cannot be split
 }
 """The keys of all other refusals of two settings."""

@@ -63,13 +63,6 @@ def row_problems(job: Job) -> Iterator[Problem]:
             "alltoall",
             f'"allgather", or {METHOD} = "ring"',
         )
-    if takes_rings(job) and parallelism.context_parallel_load_balancer == "none" and job.compile.compiles("model"):
-        why = (
-            "gives the first rank nothing to see of the others, and torch.compile (compile.enable, compile.components) "
-        )
-        why += "leaves a collective out, or moves it, where nothing reads its result: other ranks would wait in it"
-        allowed = f'"headtail", or {METHOD} = "ulysses", or compile.enable = false'
-        yield Problem(CROSS_FIELD, "parallelism.context_parallel_load_balancer", why, "none", allowed)
     if memory != "none":
         why = "keeps the newest tokens of each row as they come behind each other, of which with "
         why += f"{CONTEXT} = {sharers(job)} each rank has some"
