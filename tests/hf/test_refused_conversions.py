@@ -317,6 +317,21 @@ def test_a_disk_that_fails_meanwhile(dump: Path, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_fails_at_last(dump: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights become durable in a thread, whose error counts."""
+    right = os.fsync
+
+    def failing(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(".safetensors"):
+            raise OSError(errno.EIO, "Input/output error")
+        right(fd)
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(ConversionError, match=r"was not made: .*Input/output error"):
+        export(dump, tmp_path / "out", verified=False, shard_size=200_000)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_scripts_end_with_their_codes(
     dump: Path, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""A file that is written from front to back and made durable while it grows."""
+"""A file that is written from front to back."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from titan_lite.checkpoint.manifest import open_regular
 from titan_lite.hf.background import meanwhile
 from titan_lite.hf.source import Place
 
-FLUSH: Final = 128 * 2**20
-"""Bytes after which the disk is asked to take what was written, while more is."""
 COPY: Final = 32 * 2**20
 """Bytes that the kernel is asked to copy at a time."""
 COPIES: Final = sys.platform == "linux"
@@ -34,17 +32,13 @@ class GrowingFile:
         """`see` gets all that is written, in order, for a checksum."""
         self._see = see
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._waiting = 0
-        self._flush: Future[None] | None = None
 
     def write(self, data: memoryview) -> None:
         """Appends the data."""
         if self._see is not None:
             self._see(data)
         while data:  # the kernel may take less than it was given
-            written = os.write(self._fd, data)
-            data = data[written:]
-            self._grown(written)
+            data = data[os.write(self._fd, data) :]
 
     def copy(self, place: Place) -> None:
         """Appends the bytes of a tensor in a step folder, where `COPIES`. ConfigError where its file ends too early."""
@@ -55,18 +49,6 @@ class GrowingFile:
                 if copied == 0:
                     raise refuse(place.path, "the tensors cannot be read: the file ended early")
                 at += copied
-                self._grown(copied)
-
-    def _grown(self, size: int) -> None:
-        self._waiting += size
-        if self._waiting >= FLUSH and (self._flush is None or self._flush.done()):
-            self._flushed()
-            self._waiting, self._flush = 0, meanwhile(os.fdatasync, self._fd)
-
-    def _flushed(self) -> None:
-        """Waits for the disk, whose error is reported once, to the call that meets it."""
-        if self._flush is not None:
-            self._flush.result()
 
     def __enter__(self) -> GrowingFile:
         return self
@@ -74,15 +56,11 @@ class GrowingFile:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         if error is None:
             self.durable = meanwhile(self._close)
-            return
-        try:
-            self._flushed()
-        finally:
+        else:
             os.close(self._fd)
 
     def _close(self) -> None:
         try:
-            self._flushed()
             os.fsync(self._fd)
         finally:
             os.close(self._fd)
