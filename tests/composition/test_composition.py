@@ -22,8 +22,10 @@ from tests.distributed.pool import WorkerPool
 from titan_lite.config.load import job_from_dict
 
 pytestmark = pytest.mark.usefixtures("cpu_alone")
-SAMPLE = {"eager": 10, "rounded": 3, "compiled": 2, "inductor": 1, "spread": 14, "spread, rounded": 3}
+SAMPLE = {"eager": 6, "rounded": 2, "compiled": 1, "inductor": 1, "spread": 8, "spread, rounded": 2}
 """How many jobs of each array are tried here."""
+COMPILED = ("compiled", "inductor")
+"""The arrays of which compiled jobs are tried here: they cost ten times as much."""
 BY_NAME = {array.name: array for array in arrays()}
 FEATURES = ("eager", "spread")
 """The arrays in which every feature is to meet every kind of layout."""
@@ -133,7 +135,8 @@ def test_a_sample_equals_one_process(
     pool4: WorkerPool,
 ):
     array, failures = BY_NAME[name], []
-    for index, row in enumerate(sample(covered(name).rows, SAMPLE[name])):
+    rows = [row for row in covered(name).rows if name in COMPILED or row.get("compile") != "aot_eager"]
+    for index, row in enumerate(sample(rows, SAMPLE[name])):
         outcome = tried(array, row, {2: pool2, 4: pool4}, folder, tmp_path / str(index))
         if outcome.failures:
             failures.append(f"{outcome.failures[:5]}\n  in the job with {text_of(row, array.factors)}")
