@@ -70,7 +70,8 @@ def test_every_rank_of_a_pipeline(capsys: pytest.CaptureFixture[str]):
 def test_a_rank_between_those_that_are_traced():
     """Of equal ones in the middle of a pipeline the ends are traced; the others lie where a trace finds them."""
     model = {"dim": 64, "n_layers": 5, "vocab_size": 512, "attention": {"n_heads": 4}}
-    tables = {"model": model, "training": {"local_batch_size": 5, "seq_len": 64, "loss_chunk_tokens": 0}}
+    training = {"local_batch_size": 5, "seq_len": 64, "mixed_precision_param": "float32"}
+    tables: dict[str, Any] = {"model": model, "training": training, "activation_checkpoint": {"mode": "none"}}
     ends = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
     tables["parallelism"] = {"pipeline_parallel_degree": 5, **ends}
     job, device = job_from_dict(tables, 5, files=False), device_of("h100-80gb")
