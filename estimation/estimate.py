@@ -16,7 +16,7 @@ from estimation.devices import GIB, Device
 from estimation.host import Host, placed
 from estimation.memory import Memory, memory_of
 from estimation.recipe import Recipe
-from estimation.rehearsal import OURS, Rehearsal, rehearse, vocabulary
+from estimation.rehearsal import OURS, Rehearsal, checkpoint_period, rehearse, vocabulary
 from titan_lite.models.attention import HeadAttention
 from titan_lite.models.flops import anew_flops_per_token, training_flops_per_token
 from titan_lite.models.spec import collect_specs
@@ -227,8 +227,8 @@ class _Alike(NamedTuple):
 
 
 def _ranks_alike(job: Job, plan: StagePlan) -> Iterator[_Alike]:
-    kinds = [repr(layer) for layer in job.model.each_layer()]
-    last = plan.n_stages - 1
+    every, last = checkpoint_period(job), plan.n_stages - 1
+    kinds = [(repr(layer), number % every) for number, layer in enumerate(job.model.each_layer())]
 
     def look(rank: int) -> Any:
         return [(s == 0, s == last, [kinds[layer] for layer in plan.layers[s]]) for s in plan.stages_of(rank)]
@@ -315,6 +315,8 @@ def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehea
     if isinstance(job.model.stack, RecurrentStack.Config):
         yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
     layout = job.parallelism
+    if layout.context_parallel_degree > 1:
+        yield "scores that the causal mask hides: context parallelism leaves half of them out, all other layouts none"
     if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
         yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
     if not device.is_cpu and _takes_flex(job, model):

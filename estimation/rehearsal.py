@@ -111,7 +111,7 @@ def rehearse(job: Job, world_size: int, on_device: bool, recipe: Recipe = OURS, 
     raise AssertionError("the last way is to trace all layers")
 
 
-def _every(job: Job) -> int:
+def checkpoint_period(job: Job) -> int:
     """In steps of how many layers checkpoints repeat."""
     checkpoint = job.activation_checkpoint
     by_layer = checkpoint.mode == "selective" and checkpoint.selective_ac_option != "op"
@@ -127,7 +127,7 @@ def _ways_to_repeat(job: Job, rank: int, world_size: int) -> Iterator[Periods | 
         kinds[: own.start], kinds[own.stop :] = range(own.start), range(own.stop, len(kinds))
         for different in range(2):
             kinds[own.start : own.start + different] = range(own.start, own.start + different)
-            periods = Periods.of(kinds, _every(job))
+            periods = Periods.of(kinds, checkpoint_period(job))
             if periods is not None and periods.left_out:
                 yield periods
     yield None

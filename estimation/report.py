@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from estimation.compute import Assumptions
 from estimation.devices import GIB
@@ -10,6 +10,9 @@ from estimation.estimate import Estimate
 from estimation.memory import Memory
 from estimation.question import Outcome
 from titan_lite.config.errors import show
+
+KEPT_LINES = 4
+"""Of what modules keep for backward."""
 
 
 def text(found: Estimate, tokens: float | None = None, changes: Sequence[Outcome] | None = None) -> str:
@@ -65,6 +68,7 @@ def _memory(found: Estimate) -> list[str]:
         if nbytes:
             lines.append(f"  {nbytes / GIB:10.3f} GiB  {name}")
     lines.append(f"  {peak.total / GIB:10.3f} GiB  live")
+    lines += _kept(found.memory)
     if not found.device.is_cpu:
         lines.append(
             f"  {found.reserved / GIB:10.3f} GiB  reserved by the allocator"
@@ -80,6 +84,17 @@ def _memory(found: Estimate) -> list[str]:
         most = ", the fullest" if each.peak_live == peak.total else ""
         lines.append(f"  {each.peak_live / GIB:10.3f} GiB  rank {rank}: stages {stages}, {each.layers} layers{most}")
     return lines
+
+
+def _kept(memory: Memory) -> Iterator[str]:
+    """What modules keep for backward, most first; those that keep as much as each other in one line."""
+    alike: dict[int, list[str]] = {}
+    for name, nbytes in memory.saved.items():
+        if nbytes and name:
+            alike.setdefault(nbytes, []).append(name)
+    for nbytes, names in sorted(alike.items(), reverse=True)[:KEPT_LINES]:
+        others = f" and each of {len(names) - 1} more" if len(names) > 1 else ""
+        yield f"  {nbytes / GIB:10.3f} GiB  kept for backward by {names[0]}{others}"
 
 
 def _time(found: Estimate, tokens: float | None) -> list[str]:

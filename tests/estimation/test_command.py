@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from estimation.__main__ import main
+from estimation.compute import Assumptions, compute_of
 from estimation.devices import NAMES, device_of
-from estimation.estimate import _Alike, estimate
+from estimation.estimate import estimate
+from estimation.memory import memory_of
+from estimation.rehearsal import rehearse
 from titan_lite.config.load import job_from_dict
 
 FOLDER = Path(__file__).parents[2] / "train_configs"
@@ -64,20 +67,21 @@ def test_every_rank_of_a_pipeline(capsys: pytest.CaptureFixture[str]):
     assert found["flops_per_token"] == pytest.approx(found["formula_flops_per_token"], rel=0.1)
 
 
-def test_ranks_between_those_that_are_traced(monkeypatch: pytest.MonkeyPatch):
+def test_a_rank_between_those_that_are_traced():
     """Of equal ones in the middle of a pipeline the ends are traced; the others lie where a trace finds them."""
-    model = {"dim": 64, "n_layers": 8, "vocab_size": 512, "attention": {"n_heads": 4}}
-    tables = {"model": model, "training": {"local_batch_size": 5, "seq_len": 64, "loss_chunk_tokens": 0}}
-    tables["parallelism"] = {"pipeline_parallel_degree": 5}
+    model = {"dim": 64, "n_layers": 5, "vocab_size": 512, "attention": {"n_heads": 4}}
+    training = {"local_batch_size": 5, "seq_len": 64, "mixed_precision_param": "float32"}
+    tables: dict[str, Any] = {"model": model, "training": training, "activation_checkpoint": {"mode": "none"}}
+    ends = {f"pipeline_parallel_{end}_stage_less_layers": 0 for end in ("first", "last")}
+    tables["parallelism"] = {"pipeline_parallel_degree": 5, **ends}
     job, device = job_from_dict(tables, 5, files=False), device_of("h100-80gb")
-    some = estimate(job, 5, device)
-    assert any("between 1 and 3" in line for line in some.not_modelled)
-    monkeypatch.setattr("estimation.estimate._ranks_alike", lambda *_: [_Alike([rank]) for rank in range(5)])
-    every = estimate(job, 5, device)
-    for one, other in zip(some.pipeline, every.pipeline, strict=True):
-        assert one.peak_live == pytest.approx(other.peak_live, rel=1e-3)
-        assert one.seconds == pytest.approx(other.seconds, rel=1e-3)
-        assert one.flops == other.flops
+    found = estimate(job, 5, device)
+    assert any("between 1 and 3" in line for line in found.not_modelled)
+    traced = rehearse(job, 5, on_device=True, rank=2)
+    assert found.pipeline[2].peak_live == pytest.approx(memory_of(traced.trace).peak.total, rel=1e-3)
+    computed = compute_of(traced, device, Assumptions())
+    assert found.pipeline[2].seconds == pytest.approx(computed.seconds, rel=1e-3)
+    assert found.pipeline[2].flops == computed.flops
 
 
 def test_a_reader_that_has_enough(monkeypatch: pytest.MonkeyPatch):
