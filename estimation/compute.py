@@ -18,8 +18,9 @@ class Assumptions(ConfigBase):
 
     matmul_efficiency: float = 0.7
     """Share of the peak FLOP/s that matrix products reach."""
-    attention_efficiency: float = 0.5
-    """Share of the peak FLOP/s that attention kernels reach; scores are counted over the full row, masked or not."""
+    attention_efficiency: float = 0.35
+    """Share of the peak FLOP/s that attention kernels reach, in scores that the causal mask leaves. FlashAttention-2 on
+    an H100: arXiv 2407.08608."""
     bandwidth_efficiency: float = 0.8
     """Share of the memory bandwidth that all other operations reach, which are bound by it."""
     link_efficiency: float = 0.7
@@ -116,7 +117,7 @@ def compute_of(rehearsal: Rehearsal, device: Device, assumed: Assumptions, copie
 def _seconds(op: Op, device: Device, assumed: Assumptions) -> float:
     peak = device.flops(op.dtype)
     efficiency = assumed.attention_efficiency if op.kind == "attention" else assumed.matmul_efficiency
-    return max(op.flops / (peak * efficiency), op.nbytes / (device.bandwidth * assumed.bandwidth_efficiency))
+    return max(op.flops * op.done / (peak * efficiency), op.nbytes / (device.bandwidth * assumed.bandwidth_efficiency))
 
 
 def _collective_seconds(

@@ -315,12 +315,10 @@ def _not_modelled(job: Job, model: Transformer, device: Device, rehearsal: Rehea
     if isinstance(job.model.stack, RecurrentStack.Config):
         yield "model.stack.type = recurrent: of steps that iterate longer or shorter, one about as long as the mean"
     layout = job.parallelism
-    if layout.context_parallel_degree > 1:
-        yield "scores that the causal mask hides: context parallelism leaves half of them out, all other layouts none"
     if layout.context_parallel_degree > 1 and layout.context_parallel_load_balancer == "none":
         yield 'context_parallel_load_balancer = "none": the traced rank has the fewest scores, the last one the most'
     if not device.is_cpu and _takes_flex(job, model):
-        yield "flex attention: counts as flash attention over whole rows, also where blocks of scores are left out"
+        yield "flex attention: counts as flash attention that leaves out what the causal mask hides, and no more"
 
 
 def _takes_flex(job: Job, model: Transformer) -> bool:

@@ -20,6 +20,7 @@ from estimation.instead import instead
 from titan_lite.models.attention.kernel import Auto
 from titan_lite.models.attention.kernel.base import n_keys
 from titan_lite.models.attention.kernel.flex import BLOCK, Flex
+from titan_lite.models.attention.mask import Causal
 from titan_lite.models.context import Context
 
 _original = F.rms_norm
@@ -60,7 +61,8 @@ def _blocks(kernel: Flex, context: Context) -> list[Tensor]:
 
 
 def _flex(kernel: Flex, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+    causal = q.shape[2] == k.shape[2] and any(isinstance(mask, Causal) for mask in kernel.scoring.masks)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def _flex_with_lse(kernel: Flex, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, Tensor]:

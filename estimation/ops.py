@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,8 @@ class Op(NamedTuple):
     """Name of the process group of a collective."""
     recompute: bool = False
     """Whether backward computes here once more what forward has computed."""
+    done: float = 1.0
+    """Share of the FLOPs that a kernel does: those of scores that a causal mask hides are left out."""
 
 
 NEXT_MICRO_BATCH = Op("next micro-batch", "mark", torch.float32, 0, 0, "")
@@ -54,7 +57,18 @@ def op_of(func: Any, args: Any, kwargs: Any, result: Any) -> Op | None:
     flops = int(flop_registry[packet](*args, **kwargs, out_val=result)) if packet in flop_registry else 0
     kind = "attention" if "attention" in name else "matmul" if flops else "pointwise"
     nbytes = sum(t.numel() * t.element_size() for t in tensors)
-    return Op(name, kind, tensors[0].dtype, flops, nbytes, "")
+    done = _seen(func._schema, args, kwargs) if kind == "attention" else 1.0
+    return Op(name, kind, tensors[0].dtype, flops, nbytes, "", done=done)
+
+
+def _seen(schema: torch.FunctionSchema, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+    """Share of the scores that a fused attention's own causal mask leaves."""
+    given = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | dict(kwargs)
+    if not given.get("is_causal", False):
+        return 1.0
+    n_queries, n_keys = given["query"].shape[-2], given["key"].shape[-2]
+    triangle = min(n_queries, n_keys)
+    return (triangle * (triangle + 1) / 2 + (n_queries - triangle) * n_keys) / (n_queries * n_keys)
 
 
 def _collective(name: str, args: Any, kwargs: Any, result: Any) -> Op:

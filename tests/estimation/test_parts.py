@@ -158,6 +158,20 @@ def test_keys_and_values_that_are_passed_round():
     assert found.communication["dp_shard+cp"].nbytes > 0
 
 
+@pytest.mark.parametrize("more", [{}, {"context_parallel_rotate_method": "alltoall"}], ids=["gathered", "passed on"])
+def test_rings_do_as_many_scores_as_one_rank(more: dict[str, str]):
+    """Both leave out what the causal mask hides: half of a row, and the diagonal."""
+    layout = {"context_parallel_degree": 2} | more
+    alone, split = (_scores(rehearsed(tables(1), 1)), _scores(rehearsed(tables(1, parallelism=layout), 2)))
+    products = 2 + 5  # forward, and backward, which computes the scores once more
+    assert alone == products * 2 * B * D * T * (T + 1) / 2
+    assert split == alone / 2
+
+
+def _scores(found: Rehearsal) -> float:
+    return sum(op.flops * op.done for op in found.trace.events if isinstance(op, Op) and op.kind == "attention")
+
+
 def test_a_collective_crosses_the_narrowest_link():
     device, exact = device_of("h100-80gb"), Assumptions(latency_us=0.0, link_efficiency=1.0, data_parallel_overlap=0.0)
     op = Op("all_gather_into_tensor", "collective", torch.float32, 0, 2**30, "g")

@@ -47,6 +47,13 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         assert load_pretrained(tmp_path / "hf", torch.device("cpu")).model.mtp.depth == depth
 
 
+def test_a_memory_that_transformers_lacks_is_named(tmp_path: Path) -> None:
+    save_random(tmp_path / "run", model_tables(preset="llama3", memory={"type": "xl", "length": 16}))
+    report = export(tmp_path / "run", tmp_path / "hf", verified=False)
+    assert (report["model_type"], report["memory"]) == ("llama", "xl")
+    assert 'model.memory.type = "xl"' in (tmp_path / "hf" / "README.md").read_text()
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("own")

@@ -236,7 +236,17 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     what = f"{target.class_name} ({target.model_type})"
     if depth := opened.shape.model.mtp.depth:
         what += f"; predicts {depth} further tokens (`model.mtp`), which `scripts/generate.py --ahead` uses"
+    if not custom and (memory := _memory(opened)) != "none":
+        what += (
+            f'; trained with a memory of earlier segments (`model.memory.type = "{memory}"`), which it is without here'
+        )
     write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
+
+
+def _memory(opened: Pieces) -> str:
+    """The model's memory of earlier segments, which the architectures of transformers do not have."""
+    kind: str = opened.job.model.memory.model_dump()["type"]
+    return kind
 
 
 def compare(folder: Path, opened: Pieces, target: Target, dtype: torch.dtype, method: str) -> Comparison:
@@ -263,6 +273,7 @@ def describe(
         "class": target.class_name,
         "folds": list(target.folds),
         "mtp_depth": opened.shape.model.mtp.depth,
+        "memory": _memory(opened),
         "dtype": str(dtype).removeprefix("torch."),
         "weights": dataclasses.asdict(written),
         "verified": None if compared is None else dataclasses.asdict(compared),
