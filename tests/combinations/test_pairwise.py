@@ -19,8 +19,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.checkpoint.helpers import make_manager, same_bits
-from tests.combinations.covering import Covering
-from tests.combinations.factors import ABSENT, VOCAB, factors, plain_row
+from tests.combinations.covering import Covering, Nogood
+from tests.combinations.factors import ABSENT, VOCAB, Row, factors, plain_row
 from tests.combinations.refusals import job_of, refused
 from titan_lite.checkpoint.state import materialize_optimizer_state, memory_tensors, model_tensors, optimizer_tensors
 from titan_lite.config.check import tables_of
@@ -51,6 +51,11 @@ STEPS = 3
 T, TO_DECODE = 16, 12
 """Tokens in training; tokens of a text whose keys may be cached: where a rotation grows with the text, it begins to
 behind them, and hidden states of earlier tokens are then those of another model."""
+OVERFLOWS = frozenset(
+    {("model.stack", "recurrent"), ("model.attention.activation", "relu_squared"), ("model.norm", "none")}
+)
+"""Values that are squared in each iteration, with no norm between, are beyond float32 in the first step. Each two of
+these stand in some model."""
 ROWS = range(4)
 SHARDS = 8
 """Tests over which the models are spread."""
@@ -60,7 +65,11 @@ SHARDS = 8
 def covering(level_files: Path) -> Covering:
     """Asserts on its way that every refusal is a rule that names the settings it is about."""
     known = factors()
-    return Covering(known, lambda row: refused(row, known, level_files)).run()
+    return Covering(known, lambda row: [*refused(row, known, level_files), *overflowing(row)]).run()
+
+
+def overflowing(row: Row) -> list[Nogood]:
+    return [OVERFLOWS] if row.items() >= OVERFLOWS else []
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +106,7 @@ def test_every_pair_stands_in_a_model_or_is_refused(covering: Covering) -> None:
 
 def test_a_refusal_depends_on_nothing_but_what_it_names(covering: Covering, level_files: Path) -> None:
     known = factors()
-    for nogood in covering.nogoods:
+    for nogood in set(covering.nogoods) - {OVERFLOWS}:
         row = plain_row(dict(nogood), known)
         found = refused(row, known, level_files)
         assert nogood in found, f"{sorted(nogood)} is legal in a model that is plain otherwise"
