@@ -174,7 +174,7 @@ class Metrics(ConfigBase):
     """Log to Weights & Biases (extra `wandb`)."""
     compare_with_estimate: Literal["auto", "always", "never"] = "auto"
     """Print one of the first steps' memory and time beside what `python -m estimation` says, once that is there. The
-    estimate runs beside the training on one CPU core. auto = at the lowest priority, where the run has a minute to go;
+    estimate runs beside the training on one CPU core. auto = at a low priority, where the run has a minute to go;
     always = however short it is, and a run that is done waits for it."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:

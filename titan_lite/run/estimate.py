@@ -25,7 +25,7 @@ TIMEOUT_SECONDS = 600.0
 """An estimate that takes longer is given up."""
 TOLERANCE = 0.1
 """A larger difference is a warning."""
-LOWEST_PRIORITY = 19
+LOW_PRIORITY = 10
 
 _CHILD = """
 import os, sys
@@ -43,7 +43,7 @@ _AT_REST = ("parameters", "optimizer state", "memory")
 class EstimateHook(Hook):
     """Measures one step behind the first, has the run estimated beside the training, and tells `sinks` of both.
 
-    For one rank. The estimate is a process of lowest priority on one CPU core that is started when all is measured, so
+    For one rank. The estimate is a process of low priority on one CPU core that is started when all is measured, so
     that it disturbs neither; it holds no device. On CUDA the second step is measured, without waiting for it. On a CPU
     the allocator's events of the second step are recorded by torch's profiler, and the time is that of the third.
     """
@@ -148,7 +148,7 @@ class EstimateHook(Hook):
         try:
             self._process = subprocess.Popen([*self.command, *arguments], env=environment, text=True, **pipes)
             if not self.always:  # else the run may come to wait for it
-                os.setpriority(os.PRIO_PROCESS, self._process.pid, LOWEST_PRIORITY)
+                os.setpriority(os.PRIO_PROCESS, self._process.pid, LOW_PRIORITY)
         except OSError as error:
             logger.warning("The run is not compared with its estimate: %s", error)
             self._wanted = False
