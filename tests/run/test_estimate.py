@@ -15,7 +15,7 @@ from tests.run.facts import run_facts, step_result
 from tests.runs import build_tiny, global_batch
 from titan_lite.config.load import load_job
 from titan_lite.run.console import ConsoleSink
-from titan_lite.run.estimate import LONG_ENOUGH_SECONDS, EstimateHook, compared, peak_of_events
+from titan_lite.run.estimate import LONG_ENOUGH_SECONDS, LOW_PRIORITY, EstimateHook, compared, peak_of_events
 from titan_lite.run.facts import resting_bytes
 from titan_lite.run.signals import StopFlag
 from titan_lite.run.sink import Cost, LoggedComparison, Sink
@@ -94,7 +94,7 @@ def test_the_estimate_is_of_the_run_as_it_is(tmp_path: Path) -> None:
     assert arguments[1:4] == [str(tmp_path / "config.toml"), "--world-size", "16"]
     assert "--training.global_batch_size=96" in arguments
     assert arguments[arguments.index("--device") + 1] == "cpu"
-    assert arguments[-1] == 19
+    assert arguments[-1] == LOW_PRIORITY
 
 
 def test_a_run_that_is_soon_done_is_not_compared(tmp_path: Path) -> None:
