@@ -27,9 +27,6 @@ class Outcome(NamedTuple):
     """The largest of each field of a tolerance, and of the loss of the step after a checkpoint ("resumed")."""
     failures: list[str]
     """What was farther than it may be."""
-    own: dict[str, float] | None = None
-    """Where a bound was exceeded: how far one process is from itself once its weights are rounded once more. A model
-    that makes more of that than the bound says nothing about a layout below it."""
 
 
 def compared(
@@ -49,31 +46,10 @@ def compared(
         training.world.close()
     found = twins.deviations(mine, theirs)
     resumptions = {"in the layout": abs(resumed - loss) / abs(loss), "in one process": abs(again - loss) / abs(loss)}
-    failures, own = twins.differences(mine, theirs, tolerance), None
-    if failures and tolerance == twins.EXACT:
-        own = largest(twins.deviations(mine, rounded_once_more(pair.one)))
-        bounds = {kind: max(own[kind], bound) for kind, bound in tolerance._asdict().items()}
-        failures = twins.differences(mine, theirs, twins.Tolerance(**bounds))
+    failures = twins.differences(mine, theirs, tolerance)
     failures += [f"loss resumed {where}: {d:.1e}" for where, d in resumptions.items() if not d <= tolerance.loss]
-    return Outcome(largest(found) | {"resumed": max(resumptions.values())}, failures, own)
-
-
-def largest(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The largest deviation of each kind."""
-    return {kind: max(values.values()) for kind, values in found.items()}
-
-
-def rounded_once_more(tables: dict[str, Any]) -> twins.Steps:
-    """The first steps from weights of which each is off by the rounding of a number of its size, up or down."""
-    training, generator = twins.built(tables), torch.Generator().manual_seed(0)
-    try:
-        with torch.no_grad():
-            for parameter in training.model.parameters():
-                signs = torch.randint(2, parameter.shape, generator=generator) * 2 - 1
-                parameter.mul_(1 + signs * torch.finfo(torch.float32).eps / 2)
-        return twins.run(training, STEPS, tables["training"]["local_batch_size"])
-    finally:
-        training.world.close()
+    largest = {kind: max(values.values()) for kind, values in found.items()}
+    return Outcome(largest | {"resumed": max(resumptions.values())}, failures)
 
 
 def on_ranks(pair: Pair, saved: Path, to_save: Path, pools: Mapping[int, WorkerPool]) -> tuple[twins.Steps, float]:

@@ -78,8 +78,7 @@ class Findings:
         return self.reasons.setdefault(reason, len(self.reasons) + 1)
 
     def largest(self, outcomes: Iterable[Outcome], measure: str) -> str:
-        of_calm_models = [outcome.deviations for outcome in outcomes if outcome.own is None]
-        found = [deviations[measure] for deviations in of_calm_models if measure in deviations]
+        found = [outcome.deviations[measure] for outcome in outcomes if measure in outcome.deviations]
         return f"{max(found):.0e}" if found else ""
 
 
@@ -147,27 +146,17 @@ def failure(job: tuple[Array, Row, Outcome]) -> str:
     return f"- {compiler}{text_of(row, array.factors)}: {said[-1] if said else outcome.failures[0]}"
 
 
-def unstable(job: tuple[Array, Row, Outcome]) -> str:
-    """A line for a job whose model makes more of a rounding than the bounds."""
-    array, row, outcome = job
-    assert outcome.own is not None
-    numbers = [f"{kind} {outcome.deviations[kind]:.0e} ({own:.0e})" for kind, own in outcome.own.items()]
-    return f"- {text_of(row, array.factors)}: {', '.join(numbers)}"
-
-
 def document(campaigns: Sequence[Campaign], when: str, machine: str) -> str:
     """The whole file."""
     findings = Findings(campaigns)
     every = [(c.array, row, outcome) for c in campaigns for row, outcome in c.outcomes]
     failed = [job for job in every if job[2].failures]
-    restless = [job for job in every if job[2].own is not None and not job[2].failures]
     table = features_table(findings)
     notes = [f"{number}. {reason}" for reason, number in findings.reasons.items()]
     together = refused_techniques(findings)
     parts = [
         ABOUT.format(when=when, machine=machine, jobs=len(every), failed=len(failed), **CONSTANTS),
         *(["## Jobs that differ\n", *map(failure, failed), ""] if failed else []),
-        *([UNSTABLE, *map(unstable, restless), ""] if restless else []),
         "## Techniques in float32, relative differences at most\n",
         *techniques_table(findings, rounded=False),
         "\n## Techniques in jobs that round, against float32\n",
@@ -191,12 +180,6 @@ CONSTANTS: Mapping[str, float] = {
     "rounded_weight": ROUNDED.weight,
     "routed": ROUTED.gradient,
 }
-UNSTABLE = """## Models that make more of a rounding than the bounds
-
-One process differs from itself by the numbers in parentheses once each of its weights is off by one rounding (6e-8 of
-it, up or down). These jobs differ from it by less than that, which is all that can be asked; the tables leave out how
-much that is.
-"""
 ABOUT = """# Composition: every feature with every technique
 
 Written by `python -m tests.composition` on {when}, on {machine}: {jobs} jobs, of which {failed} differ.
