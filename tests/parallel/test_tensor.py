@@ -112,6 +112,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
             "activation_checkpoint": {"mode": "selective", "selective_ac_option": "op"},
         },
     ),
+    "compiled, whole blocks recomputed": (
+        2,
+        TP2,
+        {"model": {"n_layers": 1}},
+        {"compile": {"enable": True, "backend": "aot_eager"}, "activation_checkpoint": {"mode": "full"}},
+    ),
     "compiled to a budget": (
         2,
         TP2,
