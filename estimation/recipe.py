@@ -24,7 +24,7 @@ from titan_lite.models.embedding.lookup import Lookup
 from titan_lite.models.head.lm import all_logits
 from titan_lite.models.ranks import Ranks
 from titan_lite.models.transformer import Transformer
-from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.objectives.objective import Objective
 from titan_lite.parallel.plan import SEQ
 from titan_lite.parallel.world import LossOf
 from titan_lite.step import Training
@@ -88,7 +88,7 @@ class PureBfloat16(EndsInRoot):
             model.forward = Region("model", "model", model.forward, model, graphs)
         world = cast(FakeWorld, training.world)
         plain = ReducedLast(**{each.name: getattr(world, each.name) for each in fields(world)})
-        return replace(training, world=plain, objective=cast(LanguageModeling, HeldLogits()))
+        return replace(training, world=plain, objective=cast(Objective, HeldLogits()))
 
 
 def _look_up_in_whole(embedding: Embedding, ranks: Ranks) -> None:

@@ -30,7 +30,7 @@ from titan_lite.models.context import Iterations
 from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.stack import PlainStack
 from titan_lite.models.transformer import Transformer, vocab_size_for
-from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.objectives.objective import Objective
 from titan_lite.parallel import apply
 from titan_lite.parallel.activation import apply_activation_checkpointing
 from titan_lite.parallel.config import ActivationCheckpoint
@@ -177,7 +177,7 @@ def _rehearse(
         graphs = _compiled(training, job)
         training = recipe.built(training, job, graphs)
         if weights := job.model.mtp.weights():  # counting targets needs numbers; the weights do not change what is done
-            training = replace(training, ahead=lambda batches, n_tokens: tuple(weights))
+            training = replace(training, loss_weights=lambda batches, n_tokens: tuple(weights))
         training = replace(training, iterations=_typical(training), work=lambda iterations: 1.0)
         sizes = micro_batches(job, world.dp_size)
         middle = max(1, len(sizes) - 2)
@@ -252,7 +252,7 @@ def record(training: Training, batches: Sequence[MicroBatch], on_device: bool) -
         with reductions, traced(tracer, units) as trace:
             own(tracer, training, units)
             tracer.enter("forward", "")
-            step(replace(training, objective=cast(LanguageModeling, objective)), batches, n_tokens, 1)
+            step(replace(training, objective=cast(Objective, objective)), batches, n_tokens, 1)
     finally:
         handle.remove()
     return trace

@@ -14,6 +14,7 @@ from titan_lite.config.paths import Origin, Origins, nearest_origin, parse_key
 from titan_lite.data.config import DataConfig
 from titan_lite.data.tokenizer import Bytes, Tokenizer
 from titan_lite.models.transformer import Transformer
+from titan_lite.objectives import LanguageModeling, Objective
 from titan_lite.optim.adamw import AdamW
 from titan_lite.optim.optimizer import Optimizer
 from titan_lite.optim.schedule import LRScheduler
@@ -43,6 +44,8 @@ class Job(ConfigBase):
     """Text to token ids."""
     data: DataConfig = DataConfig()
     """Where the text comes from."""
+    objective: Objective.Config = LanguageModeling.Config()
+    """What is minimised."""
     training: Training = Training()
     """How long, on what, in which precision."""
     optimizer: Optimizer.Config = AdamW.Config()

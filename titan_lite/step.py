@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,8 +23,8 @@ from titan_lite.models.module import after_step, collect_metrics
 from titan_lite.models.spec import Spec, collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
-from titan_lite.objectives.lm import LanguageModeling
-from titan_lite.objectives.multi_token import MultiTokenPrediction, no_weights_ahead, weights_ahead
+from titan_lite.objectives.multi_token import MultiTokenPrediction
+from titan_lite.objectives.objective import Counted, Objective, Validation
 from titan_lite.optim.groups import parameter_groups
 from titan_lite.optim.host import HostStates
 from titan_lite.optim.schedule import LRScheduler
@@ -49,8 +49,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     schedule: LRScheduler
     peak_lr: float
-    objective: LanguageModeling
-    validation_objective: LanguageModeling
+    objective: Objective
+    validation_objective: Validation
     """Pure cross entropy, whatever is minimised."""
     noise: Callable[[int, Tensor], Noise | None]
     """From the step and a micro-batch's rows to what its dropout draws from; None where the model drops nothing."""
@@ -58,8 +58,8 @@ class Training:
     """From the targets of the global batch to one token's weight; None where no module asks for it."""
     iterations: Callable[[int], Iterations | None]
     """From the step to how often a recurrent stack iterates; None for other stacks."""
-    ahead: Callable[[Iterable[tuple[Tensor, Tensor]], float], tuple[float, ...]]
-    """From a step's micro-batches and the targets of the global batch to the weights of tokens behind the next one."""
+    loss_weights: Callable[[Counted, float], tuple[float, ...]]
+    """From a step's micro-batches and the global batch's targets to what the objective weighs further losses by."""
     work: Callable[[Iterations | None], float]
     """From a step's iterations to its FLOPs, in units of those expected on average."""
     memory: LaneMemory
@@ -122,8 +122,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         ranks=model.ranks,
         gather=job.parallelism.disable_loss_parallel,
     )
-    objective = MultiTokenPrediction if model.mtp.depth else LanguageModeling
-    weights = job.model.mtp.weights()
+    objective = objective_of(job, model, cross_entropy(z_loss=job.training.z_loss))
     return Training(
         world=world,
         model=model,
@@ -131,12 +130,12 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         optimizer=optimizer,
         schedule=job.lr_scheduler.build(steps=job.training.steps),
         peak_lr=job.optimizer.lr,
-        objective=objective(cross_entropy(z_loss=job.training.z_loss), model.row),
-        validation_objective=LanguageModeling(cross_entropy(), model.row),
+        objective=objective,
+        validation_objective=objective.validation(cross_entropy()),
         noise=partial(Noise.of, job.debug.seed, world.device) if drops(model) else no_noise,
         token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
         iterations=partial(model.stack.iterations, job.debug.seed),
-        ahead=partial(weights_ahead, weights, world.total) if weights else no_weights_ahead,
+        loss_weights=partial(objective.loss_weights, world.total),
         work=cache(partial(relative_flops, model, specs, job.model.memory.keys(job.training.seq_len))),
         memory=memory,
         reading=partial(memory.reading, seq_len=job.training.seq_len),
@@ -144,6 +143,14 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         scale_ahead=scale_ahead(job, world),
         max_norm=job.training.max_norm,
     )
+
+
+def objective_of(job: Job, model: Transformer, cross_entropy: CrossEntropy) -> Objective:
+    """What the job minimises."""
+    if weights := job.model.mtp.weights():
+        return MultiTokenPrediction(job.objective, cross_entropy, model.row, weights)
+    objective: Objective = job.objective.build(cross_entropy=cross_entropy, row=model.row)
+    return objective
 
 
 def lane_memory(job: Job, model: Transformer, device: torch.device, dtype: torch.dtype) -> LaneMemory:
@@ -165,8 +172,8 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
     for group in training.optimizer.param_groups:
         group["lr"] = lr
     model = training.model
-    ahead = training.ahead(((batch.targets, batch.documents) for batch in batches), n_tokens)
-    losses = (partial(remembered_loss, training, batch, n_tokens, index, ahead) for batch in batches)
+    weights = training.loss_weights(((batch.targets, batch.documents) for batch in batches), n_tokens)
+    losses = (partial(remembered_loss, training, batch, n_tokens, index, weights) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
     norm = clip_gradients(list(model.parameters()), training.max_norm, training.world.stages, model.copies())
     training.optimizer.step()
@@ -182,14 +189,14 @@ def metrics(training: Training) -> dict[str, Tensor]:
 
 
 def remembered_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, ahead: tuple[float, ...], model: Transformer
+    training: Training, batch: MicroBatch, n_tokens: float, index: int, weights: tuple[float, ...], model: Transformer
 ) -> Tensor:
     """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next.
 
     `model` is the training's, or a pipeline stage of it, whose part of the loss this is.
     """
     memory = training.memory.of(batch.rows)
-    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, ahead)
+    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, weights)
     if memory is not None:
         memory.advance(batch.documents.to(training.world.device, non_blocking=True))
     return loss
@@ -201,11 +208,11 @@ def mean_loss(
     n_tokens: float,
     index: int,
     memory: Memory | None = None,
-    ahead: tuple[float, ...] = (),
+    loss_weights: tuple[float, ...] = (),
 ) -> Tensor:
     """This micro-batch's share of the mean over the global batch of step `index`."""
     device = training.world.device
     tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch[:3])
     noise, token_weight = training.noise(index, batch.rows), training.token_weight(n_tokens)
-    facts = TrainingFacts(noise, token_weight, training.iterations(index), ahead)
+    facts = TrainingFacts(noise, token_weight, training.iterations(index), loss_weights)
     return training.objective(training.model, tokens, targets, documents, facts, memory) / n_tokens

@@ -9,10 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from titan_lite.data.config import DataConfig
+from titan_lite.objectives import LanguageModeling
 
 
 def job(enable: bool, dataset: str = "") -> Any:
-    return SimpleNamespace(validation=SimpleNamespace(enable=enable, dataset=dataset, dataset_path=""))
+    validation = SimpleNamespace(enable=enable, dataset=dataset, dataset_path="")
+    return SimpleNamespace(validation=validation, objective=LanguageModeling.Config())
 
 
 def test_defaults() -> None:

@@ -27,6 +27,12 @@ class DataConfig(ConfigBase):
     """Put the begin-of-text token before each document. Unset = if the tokenizer has one apart from its end-of-text."""
 
     def problems(self, job: Job, world_size: int | None) -> Iterator[Problem]:
+        if self.source.holds_pairs != job.objective.reads_pairs:
+            kind, objective = self.source.model_dump()["type"], job.objective.model_dump()["type"]
+            why = f'does not go with objective.type = "{objective}", which reads '
+            why += "pairs of texts" if job.objective.reads_pairs else "plain text"
+            allowed = '"pairs"' if job.objective.reads_pairs else 'another source, or objective.type = "reward"'
+            yield Problem(CROSS_FIELD, ".source.type", why, kind, allowed)
         if self.held_out == 0 and job.validation.enable and not job.validation.dataset:
             why = "validation has no documents: nothing is held out and validation.dataset names no data of its own"
             yield Problem(CROSS_FIELD, ".held_out", why, value=self.held_out)

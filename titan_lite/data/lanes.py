@@ -1,4 +1,4 @@
-"""Lanes: row r of every batch is one endless text that goes on from step to step.
+"""Lanes: row r of every batch is one endless text that goes on from step to step, or each two rows a stream of pairs.
 
 Lane r belongs to group r % K and takes every n-th document of that group's stream, n being the group's number of lanes.
 What it gives is therefore the same whether its neighbours live in the same process or in another one.
@@ -6,16 +6,19 @@ What it gives is therefore the same whether its neighbours live in the same proc
 
 from __future__ import annotations
 
+import json
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from titan_lite.config.errors import ConfigError
-from titan_lite.data.documents import START, Document, Group, Place
+from titan_lite.data.documents import START, Document, Group, Place, Split
 from titan_lite.data.pieces import Framing, piece_end
+from titan_lite.data.source import Source
 
 Cursor = dict[str, int]
 
@@ -76,8 +79,22 @@ class Seat:
     """Of the group."""
 
 
+class Rows(NamedTuple):
+    """The next rows of some lanes."""
+
+    tokens: npt.NDArray[np.int64]
+    """(R, T + 1): inputs, and the token after the last one."""
+    documents: npt.NDArray[np.int32]
+    """(R, T), as `Batch.documents`."""
+    learned: npt.NDArray[np.bool_] | None = None
+    """(R, T): of which inputs the token after is a target; None = of all."""
+
+
 class Lane:
-    """One row: documents framed by their specials, laid end to end, cut every `seq_len` tokens."""
+    """Some rows of every batch, made of every n-th document of a group."""
+
+    n_rows: ClassVar[int]
+    """Rows of a batch that a lane makes."""
 
     def __init__(self, seat: Seat, framing: Framing, seq_len: int, cursor: Cursor | None) -> None:
         self.seat = seat
@@ -87,6 +104,33 @@ class Lane:
         self._goal = cursor or {**START._asdict(), "document": seat.number, "piece": 0, "offset": 0}
         self.place = Place(*(self._goal[name] for name in Place._fields))
         self.ordinal = self._goal["document"]
+
+    def next_rows(self) -> Rows:
+        """The lane's part of the next batch."""
+        raise NotImplementedError
+
+    def cursor(self) -> Cursor:
+        """Where the next rows begin."""
+        raise NotImplementedError
+
+    def read(self, ordinal: int) -> str:
+        """The text of the lane's document of this number."""
+        number = self.seat.number
+        if self.reader is None or number not in self.reader:
+            self.reader = Reader(self.seat.group, self.seat.n_lanes, [self.place], {number: ordinal})
+        document = self.reader.next(number)
+        assert document.ordinal == ordinal, "a reader skipped a document"
+        text, self.ordinal, self.place = document
+        return text
+
+
+class TextLane(Lane):
+    """One row: documents framed by their specials, laid end to end, cut every `seq_len` tokens."""
+
+    n_rows = 1
+
+    def __init__(self, seat: Seat, framing: Framing, seq_len: int, cursor: Cursor | None) -> None:
+        super().__init__(seat, framing, seq_len, cursor)
         self._text = ""
         self._piece = 0
         self._piece_end = 0
@@ -94,8 +138,8 @@ class Lane:
         self._at = 0
         self._open = False
 
-    def next_row(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-        """((T + 1,) tokens, (T,) document numbers); the last token is the first of the next row.
+    def next_rows(self) -> Rows:
+        """The last token is the first of the next row.
 
         Documents are counted from the one that the row before ended in, which is 0.
         """
@@ -118,10 +162,9 @@ class Lane:
                 self._load_document(self.ordinal + self.seat.n_lanes)
                 document += 1
         self._at -= 1
-        return tokens, documents[:-1]
+        return Rows(tokens[None], documents[None, :-1])
 
     def cursor(self) -> Cursor:
-        """Where the next row begins."""
         here = {"document": self.ordinal, "piece": self._piece, "offset": self._at}
         return {"lane": self.seat.row, **self.place._asdict(), **(here if self._open else self._goal)}
 
@@ -137,12 +180,7 @@ class Lane:
         self._open = True
 
     def _load_document(self, ordinal: int) -> None:
-        number = self.seat.number
-        if self.reader is None or number not in self.reader:
-            self.reader = Reader(self.seat.group, self.seat.n_lanes, [self.place], {number: ordinal})
-        document = self.reader.next(number)
-        assert document.ordinal == ordinal, "a reader skipped a document"
-        self._text, self.ordinal, self.place = document
+        self._text = self.read(ordinal)
         self._load_piece(0)
 
     def _load_piece(self, start: int) -> None:
@@ -152,6 +190,49 @@ class Lane:
         self._at = 0
 
 
+class PairLane(Lane):
+    """Two rows: a better and a worse text, each from the row's beginning on. Pairs that do not fit are left out."""
+
+    n_rows = 2
+
+    def next_rows(self) -> Rows:
+        source, first = self.seat.group.split.source, self.place.epoch
+        while True:
+            text = self.read(self.ordinal)
+            self.ordinal += self.seat.n_lanes
+            if (rows := pair_rows(text, self._framing, self._seq_len)) is not None:
+                return rows
+            source.dropped += 1
+            if self.place.epoch - first > 2 * self.seat.n_lanes * self.seat.group.n_groups:
+                raise source.error(f"{source.describe()}: no pair fits into rows of {self._seq_len} tokens")
+
+    def cursor(self) -> Cursor:
+        return {"lane": self.seat.row, **self.place._asdict(), "document": self.ordinal, "piece": 0, "offset": 0}
+
+
+def pair_rows(text: str, framing: Framing, seq_len: int) -> Rows | None:
+    """The two rows of a pair, as `Pairs` reads it; None where a text has more than `seq_len` tokens.
+
+    A text is document 0 of its row, ends with the end of text, and is filled up with that as document 1. Targets are
+    the tokens of the better answer.
+    """
+    prompt, *answers = json.loads(text)
+    before = framing.encode(prompt, 0, len(prompt))[:-1]
+    tokens = np.full((2, seq_len + 1), framing.tokenizer.eos_id, dtype=np.int64)
+    documents = np.ones((2, seq_len), dtype=np.int32)
+    learned = np.zeros((2, seq_len), dtype=np.bool_)
+    for row, answer in enumerate(answers):
+        end = [framing.tokenizer.eos_id]
+        ids = np.concatenate((before, framing.tokenizer.encode(answer, continued=bool(prompt)), end))
+        if len(ids) > seq_len:
+            return None
+        tokens[row, : len(ids)] = ids
+        documents[row, : len(ids)] = 0
+        if row == 0:
+            learned[row, max(len(before) - 1, 0) : len(ids) - 1] = True
+    return Rows(tokens, documents, learned)
+
+
 def seats(groups: Sequence[Group], n_lanes: int, rows: Sequence[int]) -> list[Seat]:
     """The seats of some rows of a global batch of `n_lanes` rows."""
     k = len(groups)
@@ -159,23 +240,36 @@ def seats(groups: Sequence[Group], n_lanes: int, rows: Sequence[int]) -> list[Se
 
 
 def open_lanes(
-    all_seats: Sequence[Seat], framing: Framing, seq_len: int, cursors: Sequence[Cursor] | None
+    lane: type[Lane], all_seats: Sequence[Seat], framing: Framing, seq_len: int, cursors: Sequence[Cursor] | None
 ) -> list[Lane]:
-    """The lanes of some seats, those of one group sharing a reader."""
+    """The lanes of a kind in some seats, those of one group sharing a reader."""
     if cursors is not None:
         check_cursors(cursors, all_seats)
     given: Sequence[Cursor | None] = cursors or [None] * len(all_seats)
-    lanes = [Lane(seat, framing, seq_len, cursor) for seat, cursor in zip(all_seats, given, strict=True)]
+    lanes = [lane(seat, framing, seq_len, cursor) for seat, cursor in zip(all_seats, given, strict=True)]
     by_group: dict[int, list[Lane]] = {}
-    for lane in lanes:
-        by_group.setdefault(lane.seat.group.k, []).append(lane)
+    for opened in lanes:
+        by_group.setdefault(opened.seat.group.k, []).append(opened)
     for together in by_group.values():
         seat = together[0].seat
-        wanted = {lane.seat.number: lane.ordinal for lane in together}
-        reader = Reader(seat.group, seat.n_lanes, [lane.place for lane in together], wanted)
-        for lane in together:
-            lane.reader = reader
+        wanted = {one.seat.number: one.ordinal for one in together}
+        reader = Reader(seat.group, seat.n_lanes, [one.place for one in together], wanted)
+        for one in together:
+            one.reader = reader
     return lanes
+
+
+def require_pairs(split: Split, framing: Framing, seq_len: int) -> None:
+    """Raises ConfigError if not one pair fits into rows of `seq_len` tokens: training would look for one for ever."""
+    if all(pair_rows(text, framing, seq_len) is None for text in split.documents()):
+        source = split.source
+        raise source.error(f"{source.describe()}: no pair fits into rows of {seq_len} tokens")
+    split.source.dropped = 0
+
+
+def lane_of(source: Source) -> type[Lane]:
+    """What lanes make of the documents of a source."""
+    return PairLane if source.config.holds_pairs else TextLane
 
 
 def check_cursors(cursors: Sequence[Cursor], all_seats: Sequence[Seat]) -> None:

@@ -21,9 +21,13 @@ class Source(Component):
     class Config(SlotConfig):
         slot: ClassVar[str] = "source"
         default_type: ClassVar[str] = "python_stdlib"
+        holds_pairs: ClassVar[bool] = False
+        """Whether a document is a JSON array of a prompt, a better and a worse answer."""
 
     identity: str
     """Name of the source in the hash that holds documents out: the same wherever the data is stored."""
+
+    config: Config
 
     def __init__(self, config: Config, key: str = "data.source") -> None:
         """`key`: the table that errors name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, islice
@@ -15,9 +16,12 @@ from titan_lite.data.background import Background, LoaderSettings
 from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.config import DataConfig
 from titan_lite.data.documents import Split
+from titan_lite.data.lanes import pair_rows, require_pairs
 from titan_lite.data.pieces import Framing, piece_end
 from titan_lite.data.source import Source
 from titan_lite.data.tokenizer import Ids, Tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class Settings(Protocol):
@@ -54,10 +58,12 @@ def validation_batches(
         split = Split(data.source.build(), data.held_out, held_out=True)
     else:
         split = Split(own_source.build(key="validation.dataset"), 1.0, held_out=True)
+    framing = Framing.of(tokenizer, data.bos)
     split.require_documents()
+    if split.source.config.holds_pairs:
+        require_pairs(split, framing, validation.seq_len)
     size, settings = validation.local_batch_size, validation.dataloader
     rows = range(dp_rank * size, (dp_rank + 1) * size)
-    framing = Framing.of(tokenizer, data.bos)
     arrays = Background(Stream(split, framing, validation.seq_len, size * dp_size, rows, validation.steps), 1, settings)
     try:
         for tokens, targets, documents in arrays:
@@ -79,13 +85,16 @@ class Stream:
     steps: int
 
     def __call__(self, part: int) -> Iterator[Arrays]:
-        packed = packed_rows(self.split, self.framing, self.seq_len)
+        of_split = paired_rows if self.split.source.config.holds_pairs else text_rows
+        rows = of_split(self.split, self.framing, self.seq_len)
+        filler = filler_row(self.framing, self.seq_len)
         for step in count():
-            together = list(islice(packed, self.lanes)) if step != self.steps else []
+            together = list(islice(rows, self.lanes)) if step != self.steps else []
             if not together:
                 return
-            mine = [together[i] if i < len(together) else None for i in self.rows]
-            yield to_arrays(mine, self.seq_len, self.framing.tokenizer.eos_id)
+            mine = [together[i] if i < len(together) else filler for i in self.rows]
+            tokens, targets, documents = map(np.stack, zip(*mine, strict=True))
+            yield tokens, targets, documents
 
 
 def packed_rows(split: Split, framing: Framing, seq_len: int) -> Iterator[tuple[Ids, Ids]]:
@@ -116,16 +125,32 @@ def numbered_pieces(split: Split, framing: Framing) -> Iterator[tuple[int, Ids]]
             start = end
 
 
-def to_arrays(rows: list[tuple[Ids, Ids] | None], seq_len: int, filler: int) -> Arrays:
-    """Rows as arrays; what is missing is `filler`, for which no loss is computed, as a document of its own."""
-    tokens = np.full((len(rows), seq_len), filler, dtype=np.int64)
-    targets = np.full((len(rows), seq_len), IGNORE, dtype=np.int64)
-    documents = np.zeros((len(rows), seq_len), dtype=np.int32)
-    for i, row in enumerate(rows):
-        if row is not None:
-            ids, numbers = row
-            n = len(ids) - 1
-            tokens[i, :n], targets[i, :n] = ids[:-1], ids[1:]
-            documents[i, :n] = numbers[:-1] - numbers[0]
-            documents[i, n:] = documents[i, n - 1] + 1
-    return tokens, targets, documents
+def text_rows(split: Split, framing: Framing, seq_len: int) -> Iterator[Arrays]:
+    """`packed_rows`, of which the last one is filled up."""
+    for ids, numbers in packed_rows(split, framing, seq_len):
+        tokens, targets, documents = filler_row(framing, seq_len)
+        n = len(ids) - 1
+        tokens[:n], targets[:n] = ids[:-1], ids[1:]
+        documents[:n] = numbers[:-1] - numbers[0]
+        documents[n:] = documents[n - 1] + 1
+        yield tokens, targets, documents
+
+
+def paired_rows(split: Split, framing: Framing, seq_len: int) -> Iterator[Arrays]:
+    """Each two are a pair, as `pair_rows` makes it; those that do not fit are left out, and told."""
+    left_out = 0
+    for text in split.documents():
+        if (pair := pair_rows(text, framing, seq_len)) is None:
+            left_out += 1
+            continue
+        assert pair.learned is not None
+        targets = np.where(pair.learned, pair.tokens[:, 1:], IGNORE)
+        yield from zip(pair.tokens[:, :-1], targets, pair.documents, strict=True)
+    if left_out:
+        log.warning("Validation left out %d pairs of more than validation.seq_len = %d tokens", left_out, seq_len)
+
+
+def filler_row(framing: Framing, seq_len: int) -> Arrays:
+    """A row for which no loss is computed, as a document that is not the first."""
+    tokens = np.full(seq_len, framing.tokenizer.eos_id, dtype=np.int64)
+    return tokens, np.full(seq_len, IGNORE, dtype=np.int64), np.ones(seq_len, dtype=np.int32)

@@ -116,9 +116,9 @@ class TrainingFacts(NamedTuple):
     outside training, where nothing is counted either."""
     iterations: Iterations | None = None
     """For a recurrent stack; None = as often as outside training."""
-    ahead: tuple[float, ...] = ()
-    """For the objective: what the summed losses of tokens behind the next one are multiplied by, the nearest first,
-    where that of the next one is by 1. Empty = they are not asked for."""
+    loss_weights: tuple[float, ...] = ()
+    """For the objective: what its summed losses beside that of the next token are multiplied by, where that one is by
+    1. Empty = they are not asked for."""
 
 
 NOT_TRAINING = TrainingFacts()

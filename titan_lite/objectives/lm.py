@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Literal
 
 from torch import Tensor, nn
 
 from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
 from titan_lite.models.row import WHOLE, Row
 from titan_lite.objectives.cross_entropy import CrossEntropy
+from titan_lite.objectives.objective import Objective, Validation
 
 
-class LanguageModeling:
-    """The summed loss of a micro-batch's targets."""
+class LanguageModeling(Validation):
+    """Cross entropy of the next token, and of further ones where the model has an `mtp`. Source: arXiv 1706.03762."""
 
-    def __init__(self, cross_entropy: CrossEntropy, row: Row = WHOLE):
+    class Config(Objective.Config):
+        type: Literal["lm"] = "lm"
+
+    def __init__(self, config: Objective.Config, cross_entropy: CrossEntropy, row: Row = WHOLE):
         """`row`: what this rank computes of the loss of each row."""
-        self.cross_entropy, self.row = cross_entropy, row
+        self.config, self.cross_entropy, self.row = config, cross_entropy, row
 
     def __call__(
         self,
@@ -30,3 +35,6 @@ class LanguageModeling:
         """tokens, targets, documents (B, T) -> scalar sum over this rank's targets that are not -100."""
         consume = partial(self.cross_entropy, targets=self.row.own(targets))
         return model(tokens, documents, memory, facts, consume=consume, row=self.row)
+
+    def validation(self, cross_entropy: CrossEntropy) -> Validation:
+        return LanguageModeling(LanguageModeling.Config(), cross_entropy, self.row)

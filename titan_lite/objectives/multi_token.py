@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,17 +11,29 @@ from torch.nn import functional as F
 from titan_lite.data.batch import IGNORE
 from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
 from titan_lite.models.head.output import Output
+from titan_lite.models.row import WHOLE, Row
 from titan_lite.models.transformer import Transformer
-from titan_lite.objectives.cross_entropy import Part
+from titan_lite.objectives.cross_entropy import CrossEntropy, Part
 from titan_lite.objectives.lm import LanguageModeling
+from titan_lite.objectives.objective import Counted, Objective
 
 
 class MultiTokenPrediction(LanguageModeling):
     """The summed loss of a micro-batch's targets; backward minimises those of the model's `mtp` along with it.
 
-    `facts.ahead` has their weights, as `weights_ahead` gives them; without weights they are left out. The model is told
-    what their losses were.
+    `facts.loss_weights` has their weights; without any they are left out. The model is told what their losses were.
     """
+
+    def __init__(
+        self,
+        config: Objective.Config,
+        cross_entropy: CrossEntropy,
+        row: Row = WHOLE,
+        weights: Sequence[float] = (),
+    ):
+        """`weights`: of the mean losses, those of the nearest tokens first."""
+        super().__init__(config, cross_entropy, row)
+        self.weights = weights
 
     def __call__(
         self,
@@ -32,18 +44,26 @@ class MultiTokenPrediction(LanguageModeling):
         facts: TrainingFacts = NOT_TRAINING,
         memory: Memory | None = None,
     ) -> Tensor:
-        if not facts.ahead:
+        if not facts.loss_weights:
             return super().__call__(model, tokens, targets, documents, facts, memory)
         assert isinstance(model, Transformer)
-        further = [self.row.own(targets_ahead(targets, documents, k)) for k in range(1, 1 + len(facts.ahead))]
+        further = [self.row.own(targets_ahead(targets, documents, k)) for k in range(1, 1 + len(facts.loss_weights))]
 
         def consume(x: Tensor, output: Output, *states: Tensor) -> Tensor:
-            others = (Part(*part) for part in zip(states, further, facts.ahead, strict=True))
+            others = (Part(*part) for part in zip(states, further, facts.loss_weights, strict=True))
             loss, *losses = self.cross_entropy.first_of([Part(x, self.row.own(targets)), *others], output)
             model.mtp.tell(losses, [(of_k != IGNORE).sum() for of_k in further])
             return loss
 
         return model(tokens, documents, memory, facts, consume=consume, further=model.mtp, row=self.row)
+
+    def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
+        """Those of sums, where the sum over the `n_targets` targets of the global batch counts 1."""
+        counts = [0] * len(self.weights)
+        for targets, documents in batches:
+            for k in range(1, 1 + len(self.weights)):
+                counts[k - 1] += int((targets_ahead(targets, documents, k) != IGNORE).sum())
+        return tuple(w * n_targets / max(n, 1) for w, n in zip(self.weights, total(*counts), strict=True))
 
 
 def targets_ahead(targets: Tensor, documents: Tensor, k: int) -> Tensor:
@@ -55,26 +75,3 @@ def targets_ahead(targets: Tensor, documents: Tensor, k: int) -> Tensor:
     of_targets = torch.cat((documents[:, 1:], documents[:, -1:]), dim=1)
     same = F.pad(of_targets[:, k:], (0, k), value=-1) == documents
     return ahead.where(same, IGNORE)
-
-
-def weights_ahead(
-    weights: Sequence[float],
-    total: Callable[..., list[float]],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    n_targets: float,
-) -> tuple[float, ...]:
-    """`TrainingFacts.ahead` of a step: `weights` of mean losses as those of sums, where the sum over the `n_targets`
-    targets of the global batch counts 1.
-
-    `batches` are (targets, documents) of this rank's micro-batches, `total` sums numbers over the ranks.
-    """
-    counts = [0] * len(weights)
-    for targets, documents in batches:
-        for k in range(1, 1 + len(weights)):
-            counts[k - 1] += int((targets_ahead(targets, documents, k) != IGNORE).sum())
-    return tuple(w * n_targets / max(n, 1) for w, n in zip(weights, total(*counts), strict=True))
-
-
-def no_weights_ahead(batches: Iterable[tuple[Tensor, Tensor]], n_targets: float) -> tuple[float, ...]:
-    """The weights of a model that predicts nothing behind the next token."""
-    return ()

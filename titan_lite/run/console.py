@@ -68,6 +68,7 @@ def validation_fields(row: LoggedValidation) -> Fields:
         ("yellow", f"validate step: {row.step}"),
         ("green", f"loss: {row.loss:.5f}"),
         ("magenta", f"bits_per_byte: {row.bits_per_byte:.5f}"),
+        *(("magenta", f"{name}: {value:.5f}") for name, value in row.extra.items()),
         (_TURQUOISE, f"memory: {format_memory(row.memory)}"),
         ("blue", f"tps: {round(row.tokens_per_second):,}"),
     )

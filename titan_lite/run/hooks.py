@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +112,8 @@ class ValidationResult:
     tokens: int
     """Over all ranks."""
     seconds: float
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """What the objective adds."""
 
 
 class Hook:

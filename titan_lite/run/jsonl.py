@@ -53,9 +53,8 @@ class JsonLines(Sink):
         self._write({**fields, **row.extra})
 
     def validation(self, row: LoggedValidation) -> None:
-        self._write(
-            {"step": row.step, "validation_loss": row.loss, "validation_bits_per_byte": row.bits_per_byte},
-        )
+        numbers = {"loss": row.loss, "bits_per_byte": row.bits_per_byte, **row.extra}
+        self._write({"step": row.step, **{f"validation_{name}": value for name, value in numbers.items()}})
 
     def comparison(self, row: LoggedComparison) -> None:
         costs = {"measured": row.measured, "estimated": row.estimated}

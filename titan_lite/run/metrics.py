@@ -84,6 +84,7 @@ class MetricsHook(Hook):
             bits_per_byte=result.bits_per_byte,
             tokens_per_second=result.tokens / result.seconds / self.facts.world_size,
             memory=read_memory(self.device),
+            extra=result.extra,
         )
         reset_peak_memory(self.device)
         for sink in self.sinks:

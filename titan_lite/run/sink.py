@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from titan_lite.run.device import Memory
@@ -43,6 +44,8 @@ class LoggedValidation:
     tokens_per_second: float
     """Per device."""
     memory: Memory
+    extra: Mapping[str, float] = field(default_factory=dict)
+    """What the objective adds."""
 
 
 @dataclass(frozen=True)

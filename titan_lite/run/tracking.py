@@ -38,6 +38,7 @@ def validation_scalars(row: LoggedValidation) -> dict[str, float]:
         "bits_per_byte": row.bits_per_byte,
         "throughput(tps)": row.tokens_per_second,
         **_memory_scalars(row.memory),
+        **row.extra,
     }
     return {f"validation_metrics/{name}": value for name, value in scalars.items()}
 

@@ -44,4 +44,5 @@ def validate(
         bits_per_byte=nats / numpy.log(2).item() / all_bytes,
         tokens=int(all_tokens),
         seconds=time.perf_counter() - start,
+        extra=training.validation_objective.numbers(world.total_tensor),
     )

@@ -20,7 +20,7 @@ from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy
 from titan_lite.objectives.lm import LanguageModeling
-from titan_lite.objectives.multi_token import MultiTokenPrediction, targets_ahead, weights_ahead
+from titan_lite.objectives.multi_token import MultiTokenPrediction, targets_ahead
 
 RTOL = 1e-5
 ATOL = 1e-6
@@ -48,6 +48,13 @@ def batch() -> tuple[Tensor, Tensor, Tensor]:
     return tokens[:, :-1], targets, documents
 
 
+LM = LanguageModeling.Config()
+
+
+def weighing(*weights: float) -> MultiTokenPrediction:
+    return MultiTokenPrediction(LM, CrossEntropy(0), weights=weights)
+
+
 def alone(*counts: float) -> list[float]:
     return list(counts)
 
@@ -62,8 +69,9 @@ def objective(model: Transformer, weights: tuple[float, ...], chunk: int = 0, z_
     """The mean loss, from which backward starts; `weights` are those of mean losses."""
     tokens, targets, documents = batch()
     n = int((targets != IGNORE).sum())
-    facts = TrainingFacts(ahead=weights_ahead(weights, alone, [(targets, documents)], n))
-    return MultiTokenPrediction(CrossEntropy(chunk, z_loss=z_loss))(model, tokens, targets, documents, facts) / n
+    minimised = MultiTokenPrediction(LM, CrossEntropy(chunk, z_loss=z_loss), weights=weights)
+    facts = TrainingFacts(loss_weights=minimised.loss_weights(alone, [(targets, documents)], n))
+    return minimised(model, tokens, targets, documents, facts) / n
 
 
 def mean_of(logits: Tensor, targets: Tensor, documents: Tensor, k: int, z_loss: float) -> Tensor:
@@ -144,7 +152,7 @@ def test_without_weight_it_is_next_token_prediction(kind: str):
     plain.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in shared})
     tokens, targets, documents = batch()
     n = int((targets != IGNORE).sum())
-    expected = LanguageModeling(CrossEntropy(0))(plain, tokens, targets, documents) / n
+    expected = LanguageModeling(LM, CrossEntropy(0))(plain, tokens, targets, documents) / n
     assert torch.equal(objective(model, (0.3, 0.3)), expected)
     assert torch.equal(objective(model, ()), expected)
     gradients = gradients_of(plain, expected)
@@ -199,9 +207,9 @@ def test_weights_count_all_ranks_and_micro_batches():
     _, targets, documents = batch()
     counts = [int((targets_ahead(targets, documents, k) != IGNORE).sum()) for k in (1, 2)]
     parts = [(targets[:1], documents[:1]), (targets[1:], documents[1:])]
-    found = weights_ahead((0.5, 0.25), lambda *own: [3.0 * n for n in own], parts, 84)
+    found = weighing(0.5, 0.25).loss_weights(lambda *own: [3.0 * n for n in own], parts, 84)
     assert found == pytest.approx((0.5 * 84 / (3 * counts[0]), 0.25 * 84 / (3 * counts[1])))
-    assert weights_ahead((0.5,), alone, [(targets[:, :1], documents[:, :1])], 1) == (0.5,)
+    assert weighing(0.5).loss_weights(alone, [(targets[:, :1], documents[:, :1])], 1) == (0.5,)
 
 
 @pytest.mark.parametrize("tied", [False, True])

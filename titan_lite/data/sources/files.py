@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import glob
+import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import IO, TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 from pydantic import Field
 
 from titan_lite.config.errors import FILE_MISSING, KEY_MISSING, NOT_ALLOWED, Problem
 from titan_lite.data.source import Keep, Source, size_text
-from titan_lite.data.sources.formats import FORMATS, BadDataError, Reader, reader_of
+from titan_lite.data.sources.formats import FORMATS, BadDataError, Columns, Reader, Texts, reader_of
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
@@ -29,16 +30,17 @@ class Entry(NamedTuple):
     filesystem: Any = None
 
 
-class Files(Source):
-    """One shard per file. A document is a row (jsonl, parquet) or the whole file (txt)."""
+class FileSource(Source):
+    """One shard per file."""
 
     class Config(Source.Config):
-        type: Literal["files"] = "files"
         path: str | Annotated[tuple[str, ...], Field(strict=False)] = ""
         """A file, a folder (searched deeply), a glob, or a list of them; local, or a URL that fsspec knows ("s3://...").
         By ending: .txt (the file is one document), .jsonl, .jsonl.gz, .jsonl.zst, .parquet."""
-        text_key: str = "text"
-        """The key (jsonl) or column (parquet) that holds the text."""
+
+        def columns(self) -> Columns:
+            """Where a row has its texts."""
+            raise NotImplementedError
 
         def entries(self) -> tuple[str, ...]:
             return (self.path,) if isinstance(self.path, str) else self.path
@@ -59,7 +61,6 @@ class Files(Source):
                     yield Problem(FILE_MISSING, ".path", missing(entry), value=entry)
 
     config: Config
-    identity = "files"
 
     @cached_property
     def files(self) -> dict[str, Entry]:
@@ -83,7 +84,8 @@ class Files(Source):
         file = self.files[shard]
         try:
             with open_file(file) as stream:
-                for row, text in self._reader(file)(stream, self.config.text_key, start, keep):
+                for row, texts in self._reader(file)(stream, self.config.columns(), start, keep):
+                    text = self.document(texts)
                     if self.wanted(text):
                         assert text is not None
                         yield row, text
@@ -92,6 +94,10 @@ class Files(Source):
         except OSError as error:
             raise self.error(f"{file.path}: {error.strerror or error}") from error
 
+    def document(self, texts: Texts) -> str | None:
+        """What a row's texts are together; None where there is nothing to read."""
+        raise NotImplementedError
+
     def _reader(self, file: Entry) -> Reader:
         reader = reader_of(file.path)
         if reader is None:
@@ -99,11 +105,64 @@ class Files(Source):
         return reader
 
     def facts(self) -> list[Any]:
-        return [self.config.text_key, {name: file.size for name, file in self.files.items()}]
+        return [*self.config.columns().values(), {name: file.size for name, file in self.files.items()}]
 
     def describe(self) -> str:
         size = size_text(sum(file.size for file in self.files.values()))
         return f"{', '.join(self.config.entries())}: {len(self.files):,} files, {size}"
+
+
+class Files(FileSource):
+    """A document is a row (jsonl, parquet) or the whole file (txt)."""
+
+    class Config(FileSource.Config):
+        type: Literal["files"] = "files"
+        text_key: str = "text"
+        """The key (jsonl) or column (parquet) that holds the text."""
+
+        def columns(self) -> Columns:
+            return {"text_key": self.text_key}
+
+    identity = "files"
+
+    def document(self, texts: Texts) -> str | None:
+        return texts[0]
+
+
+class Pairs(FileSource):
+    """A better and a worse answer to the same prompt in each row (jsonl, parquet), for objective.type = "reward".
+
+    A document is the JSON array of the three.
+    """
+
+    class Config(FileSource.Config):
+        type: Literal["pairs"] = "pairs"
+        holds_pairs: ClassVar[bool] = True
+        prompt_key: str = "prompt"
+        """The key (jsonl) or column (parquet) that holds the prompt; "" = both answers are whole texts."""
+        chosen_key: str = "chosen"
+        """That of the better answer."""
+        rejected_key: str = "rejected"
+        """That of the worse answer."""
+
+        def columns(self) -> Columns:
+            prompt = {"prompt_key": self.prompt_key} if self.prompt_key else {}
+            return {**prompt, "chosen_key": self.chosen_key, "rejected_key": self.rejected_key}
+
+        def problems(self, job: Job, world_size: int | None) -> Iterator[Problem]:
+            yield from super().problems(job, world_size)
+            for entry in self.entries():
+                if any(path.endswith(".txt") for path in [entry, *local_files(entry)]):
+                    yield Problem(NOT_ALLOWED, ".path", "a .txt file holds no pairs", entry, ".jsonl or .parquet files")
+
+    config: Config
+    identity = "pairs"
+
+    def document(self, texts: Texts) -> str | None:
+        *prompt, chosen, rejected = texts
+        if not chosen or not rejected:
+            return None
+        return json.dumps([prompt[0] or "" if prompt else "", chosen, rejected])
 
 
 def missing(entry: str) -> str:

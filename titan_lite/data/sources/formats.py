@@ -6,13 +6,17 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import IO, Any
 
 from titan_lite.data.source import Keep
 
-Reader = Callable[[IO[bytes], str, int, Keep], Iterator[tuple[int, "str | None"]]]
-"""(stream, text_key, first row, wanted rows) -> (row, text or None for a null)."""
+Columns = Mapping[str, str]
+"""{setting: the key (jsonl) or column (parquet) that it names}; errors name both."""
+Texts = tuple["str | None", ...]
+"""What a row has in each of them: a text, or None for a null."""
+Reader = Callable[[IO[bytes], Columns, int, Keep], Iterator[tuple[int, Texts]]]
+"""(stream, columns, first row, wanted rows) -> (row, texts)."""
 
 _CHUNK = 1 << 20
 _PARQUET_ROWS = 256
@@ -27,7 +31,7 @@ class BadDataError(Exception):
         self.why = why
 
 
-def read_txt(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterator[tuple[int, str | None]]:
+def read_txt(stream: IO[bytes], columns: Columns, start: int, keep: Keep) -> Iterator[tuple[int, Texts]]:
     """The whole file as row 0, line ends as they are."""
     if start == 0 and keep(0):
         content = stream.read()
@@ -36,17 +40,17 @@ def read_txt(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterat
         except UnicodeDecodeError as error:
             line = content.count(b"\n", 0, error.start) + 1
             raise BadDataError(f", line {line}", f"not UTF-8 (byte {error.start}: {error.reason})") from error
-        yield 0, text
+        yield 0, (text,)
 
 
-def read_jsonl(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterator[tuple[int, str | None]]:
+def read_jsonl(stream: IO[bytes], columns: Columns, start: int, keep: Keep) -> Iterator[tuple[int, Texts]]:
     """One JSON object per line; row n is line n + 1. A blank line counts as a document without text."""
     for row, line in enumerate(stream):
         if row >= start and keep(row):
-            yield row, parse_line(line, row, text_key)
+            yield row, parse_line(line, row, columns)
 
 
-def read_jsonl_gz(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterator[tuple[int, str | None]]:
+def read_jsonl_gz(stream: IO[bytes], columns: Columns, start: int, keep: Keep) -> Iterator[tuple[int, Texts]]:
     """gzip, one or more members, checksums verified."""
     rows = 0
     try:
@@ -54,12 +58,12 @@ def read_jsonl_gz(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> I
             for row, line in enumerate(lines):
                 rows = row + 1
                 if row >= start and keep(row):
-                    yield row, parse_line(line, row, text_key)
+                    yield row, parse_line(line, row, columns)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise BadDataError(f", after line {rows}", f"damaged gzip data: {error}") from error
 
 
-def read_jsonl_zst(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterator[tuple[int, str | None]]:
+def read_jsonl_zst(stream: IO[bytes], columns: Columns, start: int, keep: Keep) -> Iterator[tuple[int, Texts]]:
     """Zstandard, one or more frames."""
     lines = io.BufferedReader(_ZstdStream(stream))
     rows = 0
@@ -67,12 +71,12 @@ def read_jsonl_zst(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> 
         for row, line in enumerate(lines):
             rows = row + 1
             if row >= start and keep(row):
-                yield row, parse_line(line, row, text_key)
+                yield row, parse_line(line, row, columns)
     except _ZstdDamagedError as error:
         raise BadDataError(f", after line {rows}", f"damaged zstd data: {error}") from error
 
 
-def read_parquet(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> Iterator[tuple[int, str | None]]:
+def read_parquet(stream: IO[bytes], columns: Columns, start: int, keep: Keep) -> Iterator[tuple[int, Texts]]:
     """One document per row; page checksums are verified where the file has them."""
     import pyarrow
     import pyarrow.parquet
@@ -80,17 +84,19 @@ def read_parquet(stream: IO[bytes], text_key: str, start: int, keep: Keep) -> It
     row = 0
     try:
         file = pyarrow.parquet.ParquetFile(stream, page_checksum_verification=True)
-        check_column(file.schema_arrow, text_key)
+        names = list(columns.values())
+        for setting, name in columns.items():
+            check_column(file.schema_arrow, setting, name)
         for group in range(file.num_row_groups):
             size = file.metadata.row_group(group).num_rows
             if row + size <= start:
                 row += size
                 continue
-            batches = file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=[text_key], use_threads=False)
+            batches = file.iter_batches(_PARQUET_ROWS, row_groups=[group], columns=names, use_threads=False)
             for batch in batches:
-                for cell in batch.column(0):
+                for cells in zip(*(batch.column(name) for name in names), strict=True):
                     if row >= start and keep(row):
-                        yield row, cell.as_py()
+                        yield row, tuple(cell.as_py() for cell in cells)
                     row += 1
     except UnicodeDecodeError as error:
         raise BadDataError(f", row {row}", f"not UTF-8: {error.reason}") from error
@@ -112,10 +118,10 @@ def reader_of(path: str) -> Reader | None:
     return next((reader for ending, reader in FORMATS.items() if path.endswith(ending)), None)
 
 
-def parse_line(line: bytes, row: int, text_key: str) -> str | None:
-    """The text of one JSON line; None for a null and for a blank line."""
+def parse_line(line: bytes, row: int, columns: Columns) -> Texts:
+    """The texts of one JSON line; None for a null and for a blank line."""
     if not line.strip():
-        return None
+        return (None,) * len(columns)
     where = f", line {row + 1}"
     try:
         record = json.loads(line.decode())
@@ -125,33 +131,33 @@ def parse_line(line: bytes, row: int, text_key: str) -> str | None:
         raise BadDataError(where, f"not valid JSON: {error}") from error
     if not isinstance(record, dict):
         raise BadDataError(where, f"expected a JSON object, got {kind(record)}")
-    return text_of(record, text_key, where)
+    return tuple(text_of(record, key, where, setting) for setting, key in columns.items())
 
 
-def text_of(record: dict[str, Any], text_key: str, where: str) -> str | None:
-    """The text in a row."""
-    if text_key not in record:
-        raise BadDataError(where, f"there is no key {text_key!r} (text_key) among {listed(record)}")
-    text = record[text_key]
+def text_of(record: dict[str, Any], key: str, where: str, setting: str = "text_key") -> str | None:
+    """The text that a row has at a key, which a setting names."""
+    if key not in record:
+        raise BadDataError(where, f"there is no key {key!r} ({setting}) among {listed(record)}")
+    text = record[key]
     if text is not None and not isinstance(text, str):
-        raise BadDataError(where, f"{text_key!r} should be a string, got {kind(text)}")
+        raise BadDataError(where, f"{key!r} should be a string, got {kind(text)}")
     if text is not None and not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise BadDataError(
-                where, f"{text_key!r} holds half a surrogate pair (character {error.start}), no text"
+                where, f"{key!r} holds half a surrogate pair (character {error.start}), no text"
             ) from error
     return text
 
 
-def check_column(schema: Any, text_key: str) -> None:
-    """Refuses a parquet file without a column of strings called `text_key`."""
+def check_column(schema: Any, setting: str, name: str) -> None:
+    """Refuses a parquet file without a column of strings of this name."""
     import pyarrow
 
-    if text_key not in schema.names:
-        raise BadDataError("", f"there is no column {text_key!r} (text_key) among {listed(schema.names)}")
-    column = schema.field(text_key).type
+    if name not in schema.names:
+        raise BadDataError("", f"there is no column {name!r} ({setting}) among {listed(schema.names)}")
+    column = schema.field(name).type
     if pyarrow.types.is_dictionary(column):
         column = column.value_type
     strings = (
@@ -161,7 +167,7 @@ def check_column(schema: Any, text_key: str) -> None:
         pyarrow.types.is_null,
     )
     if not any(is_kind(column) for is_kind in strings):
-        raise BadDataError("", f"the column {text_key!r} should hold strings, it holds {column}")
+        raise BadDataError("", f"the column {name!r} should hold strings, it holds {column}")
 
 
 def kind(value: Any) -> str:

@@ -5,3 +5,4 @@ from titan_lite.models.head.lm import LMHead as LMHead
 from titan_lite.models.head.logit_cap import LogitCap as LogitCap
 from titan_lite.models.head.logit_scale import LogitScale as LogitScale
 from titan_lite.models.head.output import Output as Output
+from titan_lite.models.head.reward import RewardHead as RewardHead

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -13,6 +14,7 @@ from titan_lite.models.embedding import Embedding
 from titan_lite.models.head.logit_cap import LogitCap, NoLogitCap
 from titan_lite.models.head.logit_scale import LogitScale, NoLogitScale
 from titan_lite.models.head.output import Link, LogitFunction, Output
+from titan_lite.models.head.reward import NoRewardHead, RewardHead
 from titan_lite.models.linear import Linear
 from titan_lite.models.module import Module
 from titan_lite.models.spec import Spec
@@ -43,6 +45,10 @@ class Head(Module):
         default_type: ClassVar[str | None] = "lm"
         tied: bool = False
         """Use the token embedding as the output matrix."""
+        reward: RewardHead.Config = NoRewardHead.Config()
+        """What says how good a text is."""
+
+    reward: RewardHead
 
 
 class LMHead(Head):
@@ -64,6 +70,7 @@ class LMHead(Head):
         super().__init__()
         self.logit_scale = config.logit_scale.build(dim=dim, vocab_size=vocab_size)
         self.logit_cap = config.logit_cap.build()
+        self.reward = config.reward.build(dim=dim)
         self.make_matrix(config, dim, vocab_size, linear, embedding)
 
     def make_matrix(
@@ -78,10 +85,10 @@ class LMHead(Head):
         return (*plus, *self.logit_scale.links(), *self.logit_cap.links())
 
     def tp_plan(self) -> Plan:
-        return {"": GATHER, "output": COL, "logit_scale": COL}
+        return {"": GATHER, "output": COL, "logit_scale": COL, "reward": SEQ}
 
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
-        output = Output(self.output.weight, self.links(self.output.bias), self.ranks)
+        output = Output(self.output.weight, self.links(self.output.bias), self.ranks, partial(self.reward, x))
         return consume(x, output, *self.all_tokens(further))
 
     def all_tokens(self, further: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -102,10 +109,10 @@ class TiedLMHead(LMHead):
         self.bias = nn.Parameter(torch.empty(vocab_size)) if config.bias else None
 
     def tp_plan(self) -> Plan:
-        return {"": GATHER, "narrow": SEQ, "bias": COL, "logit_scale": COL}
+        return {"": GATHER, "narrow": SEQ, "bias": COL, "logit_scale": COL, "reward": SEQ}
 
     def forward(self, x: Tensor, embedding: Embedding, consume: Consume, further: Sequence[Tensor] = ()) -> Tensor:
-        output = Output(embedding.weight, self.links(self.bias), self.ranks)
+        output = Output(embedding.weight, self.links(self.bias), self.ranks, partial(self.reward, x))
         return consume(self.narrow(x), output, *map(self.narrow, self.all_tokens(further)))
 
     def param_specs(self) -> dict[str, Spec]:

@@ -1,4 +1,4 @@
-"""How logits come from hidden states, in a form that a chunked loss can take the derivative of."""
+"""How logits come from hidden states, in a form that a chunked loss can take the derivative of, and rewards."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
+from titan_lite.models.head.reward import Rewards, no_rewards
 from titan_lite.models.ranks import ALONE, Ranks
 
 
@@ -38,6 +39,8 @@ class Output(NamedTuple):
     """From x W^T to logits, the first one first; a bias is one of them."""
     ranks: Ranks = ALONE
     """Those that have a part of the rows of W each, and of the links' parameters."""
+    rewards: Rewards = no_rewards
+    """Of the texts in the rows of x."""
 
     def logits(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., V), in float32 where there are links."""

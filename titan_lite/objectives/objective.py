@@ -1,0 +1,58 @@
+"""The slot of what is minimised."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import ClassVar, TypeAlias
+
+from torch import Tensor, nn
+
+from titan_lite.config.component import Component, SlotConfig
+from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
+from titan_lite.models.module import Total
+from titan_lite.objectives.cross_entropy import CrossEntropy
+
+Counted: TypeAlias = Iterable[tuple[Tensor, Tensor]]
+"""(targets, documents), both (B, T), of each of this rank's micro-batches."""
+
+
+class Objective(Component):
+    """(model, tokens, targets, documents (B, T), facts, memory) -> this rank's summed loss, of which each target's
+    share of the step's loss is 1 / targets of the global batch. Built as `build(model=, cross_entropy=)`.
+    """
+
+    class Config(SlotConfig):
+        slot: ClassVar[str] = "objective"
+        default_type: ClassVar[str] = "lm"
+        reads_pairs: ClassVar[bool] = False
+        """Whether rows come in pairs: of each two the first is the better text."""
+
+    cross_entropy: CrossEntropy
+    """Of the next token."""
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor,
+        facts: TrainingFacts = NOT_TRAINING,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        raise NotImplementedError
+
+    def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
+        """`TrainingFacts.loss_weights` of a step of `n_targets` targets; `total` sums numbers over the ranks."""
+        return ()
+
+    def validation(self, cross_entropy: CrossEntropy) -> Validation:
+        """What tells on other text how good the model has become; `cross_entropy` is without additions."""
+        raise NotImplementedError
+
+
+class Validation(Objective):
+    """An objective that is only looked at: the summed next-token loss, and maybe other numbers."""
+
+    def numbers(self, total: Total) -> dict[str, float]:
+        """{name: number} over all calls since the last time; `total` sums over ranks. Collective."""
+        return {}

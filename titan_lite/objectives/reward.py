@@ -1,0 +1,180 @@
+"""Rewards that put the better of two texts first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, ClassVar, Final, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from titan_lite.config.component import SlotConfig
+from titan_lite.config.errors import CROSS_FIELD, Problem, show
+from titan_lite.config.fields import NonNegativeFloat
+from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
+from titan_lite.models.head.lm import Head
+from titan_lite.models.head.output import Output
+from titan_lite.models.module import Total
+from titan_lite.models.row import WHOLE, Row
+from titan_lite.objectives.cross_entropy import CrossEntropy
+from titan_lite.objectives.objective import Counted, Objective, Validation
+
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
+
+def separable(chosen: Tensor, rejected: Tensor, smoothing: float) -> Tensor:
+    """-(1 - e) ln s(r_w) - e ln s(-r_w) - e ln s(r_l) - (1 - e) ln s(-r_l): least at r_w = -r_l = ln((1 - e) / e)."""
+    better = (1 - smoothing) * F.logsigmoid(chosen) + smoothing * F.logsigmoid(-chosen)
+    worse = smoothing * F.logsigmoid(rejected) + (1 - smoothing) * F.logsigmoid(-rejected)
+    return -better - worse
+
+
+def contrastive(chosen: Tensor, rejected: Tensor, smoothing: float) -> Tensor:
+    """-(1 - e) ln s(r_w - r_l) - e ln s(r_l - r_w): least at r_w - r_l = ln((1 - e) / e)."""
+    margin = chosen - rejected
+    return -(1 - smoothing) * F.logsigmoid(margin) - smoothing * F.logsigmoid(-margin)
+
+
+LOSSES: Final[dict[str, Callable[[Tensor, Tensor, float], Tensor]]] = {
+    "separable": separable,
+    "contrastive": contrastive,
+}
+"""By name: from the rewards r_w of better texts and r_l of worse ones, both (P,), and e to the loss of each pair."""
+
+
+class RewardModeling(Objective):
+    """The mean loss of pairs of texts by their rewards, plus `lm_weight` times the next-token loss of better answers.
+
+    Logits are not part of it: they change only as far as the states that both heads read do. Source: arXiv 2405.20053
+    (Direct Preference Heads, both losses); arXiv 2203.02155, equation 1 (the contrastive one without smoothing).
+    """
+
+    class Config(Objective.Config):
+        type: Literal["reward"] = "reward"
+        reads_pairs: ClassVar[bool] = True
+        loss: Literal["separable", "contrastive"] = "separable"
+        """Whether each reward is pushed to its own side of 0, or the two of a pair apart."""
+        label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.1
+        """Part e of the pairs that are taken to be labelled the wrong way round."""
+        lm_weight: NonNegativeFloat = 0.0
+        """Weight of the mean next-token loss of the chosen answers; 0 = that head is neither run nor trained."""
+
+        def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
+            yield from _problems(job)
+
+    config: Config
+
+    def __init__(self, config: Config, cross_entropy: CrossEntropy, row: Row = WHOLE):
+        assert row.size == 1, "both texts of a pair are whole"
+        self.config, self.cross_entropy = config, cross_entropy
+        self.pair_loss = LOSSES[config.loss]
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor,
+        facts: TrainingFacts = NOT_TRAINING,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Rows (B, T) come in pairs, the better text first, each from the row's beginning on as document 0."""
+        (weight,) = facts.loss_weights or (1.0,)
+
+        def consume(x: Tensor, output: Output) -> Tensor:
+            chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
+            loss = weight * self.pair_loss(chosen, rejected, self.config.label_smoothing).sum()
+            if torch.is_grad_enabled():
+                assert isinstance(model.head, Head)
+                model.head.reward.tell(chosen, rejected)
+            if self.config.lm_weight:
+                loss = loss + self.config.lm_weight * self.cross_entropy(x, output, targets)
+            return loss
+
+        loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
+        return loss
+
+    def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
+        """That of a pair, where each target counts 1."""
+        (n_pairs,) = total(sum(len(targets) // 2 for targets, _ in batches))
+        return (n_targets / n_pairs,)
+
+    def validation(self, cross_entropy: CrossEntropy) -> Validation:
+        return PairValidation(self.config, cross_entropy)
+
+
+class PairValidation(Validation):
+    """The summed next-token loss of the better answers; the numbers are those of the pairs' rewards."""
+
+    def __init__(self, config: RewardModeling.Config, cross_entropy: CrossEntropy):
+        self.config, self.cross_entropy = config, cross_entropy
+        self._sums: Tensor | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        targets: Tensor,
+        documents: Tensor,
+        facts: TrainingFacts = NOT_TRAINING,
+        memory: Memory | None = None,
+    ) -> Tensor:
+        """Rows as in training; a pair whose rows have no document 0 only fills the batch up."""
+
+        def consume(x: Tensor, output: Output) -> Tensor:
+            chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
+            losses = LOSSES[self.config.loss](chosen, rejected, self.config.label_smoothing)
+            seen = torch.stack((torch.ones_like(losses), losses, (chosen > rejected).float()))
+            sums = seen.where(documents[::2, 0] == 0, 0.0).sum(1)
+            self._sums = sums if self._sums is None else self._sums + sums
+            return self.cross_entropy(x, output, targets)
+
+        loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
+        return loss
+
+    def numbers(self, total: Total) -> dict[str, float]:
+        """Mean loss of the pairs, and how often the better text has the higher reward."""
+        n, loss, correct = total(torch.zeros(3) if self._sums is None else self._sums).tolist()
+        self._sums = None
+        return {"reward_loss": loss / n, "reward_accuracy": correct / n}
+
+
+def ends_of(documents: Tensor) -> Tensor:
+    """(B,): the place of the last token of each row's text, which is its document 0."""
+    return (documents == 0).sum(1) - 1
+
+
+def _problems(job: Job) -> Iterable[Problem]:
+    if not job.model.head.reward.scores:
+        why = 'is "none", and objective.type = "reward" trains a reward head'
+        yield Problem(CROSS_FIELD, "model.head.reward.type", why, "none", '"linear"')
+    training, layout = job.training, job.parallelism
+    rows = {"training.local_batch_size": training.local_batch_size}
+    if training.global_batch_size != -1:
+        rows["training.global_batch_size"] = training.global_batch_size
+    if job.validation.enable:
+        rows["validation.local_batch_size"] = job.validation.local_batch_size
+    if layout.pipeline_parallel_degree > 1:
+        rows["parallelism.pipeline_parallel_microbatch_size"] = layout.pipeline_parallel_microbatch_size
+    for key, value in rows.items():
+        if value % 2:
+            why = 'is odd, and with objective.type = "reward" each two rows are the texts of a pair'
+            yield Problem(CROSS_FIELD, key, why, value, f"{value + 1}")
+    refused = {
+        "parallelism.context_parallel_degree": (layout.context_parallel_degree, 1, "each rank reads whole texts"),
+        "model.memory.type": (_type(job.model.memory), "none", "nothing comes before the texts of a pair"),
+        "model.mtp.type": (_type(job.model.mtp), "none", "its part of the model would not be trained"),
+        "validation.dataset": (job.validation.dataset, "", "validation reads the held-out pairs of data.source"),
+        "validation.dataset_path": (job.validation.dataset_path, "", "validation reads those of data.source"),
+    }
+    for key, (given, allowed, why) in refused.items():
+        if given != allowed:
+            yield Problem(CROSS_FIELD, key, f'does not go with objective.type = "reward": {why}', given, show(allowed))
+
+
+def _type(table: SlotConfig) -> str:
+    kind: str = table.model_dump()["type"]
+    return kind
