@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from titan_lite.config.errors import CROSS_FIELD, KEY_MISSING, NOT_ALLOWED, ConfigError, Problem, show
 from titan_lite.hf.files import AsLoaded, Files
 from titan_lite.hf.normal_form import Path, Tables, absorbed, differences, equal, normal_form
+from titan_lite.hf.reward import reward_rules
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.setting import SYNONYMS, Setting, View, merge
 from titan_lite.models.block import Layer
@@ -82,6 +83,7 @@ class Architecture:
         rules = list(self.outer_rules(model, image))
         for index, (ours, theirs) in enumerate(zip(model.each_layer(), image.each_layer(), strict=True)):
             rules += self.layer_rules(index, ours, theirs, model.dim)
+        rules += reward_rules(model, self.model_type)
         return rules
 
     def left_out(self, name: str, model: Transformer.Config) -> str:

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from titan_lite.hf.reward import SCORE
 from titan_lite.hf.source import Source
 from titan_lite.hf.stored import FolderTensors
 
@@ -95,22 +96,28 @@ class Absent:
 class BlockLoader:
     """transformers' loader, asked for single modules of a folder's model."""
 
-    def __init__(self, folder: Path):
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    def __init__(self, folder: Path, classifies: bool = False):
+        from transformers import (
+            MODEL_FOR_CAUSAL_LM_MAPPING,
+            MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+            AutoConfig,
+        )
 
         import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
         self._folder = folder
         self._files = FolderTensors(folder)
         self._config = AutoConfig.from_pretrained(folder)
-        self._class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
+        classes: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if classifies else MODEL_FOR_CAUSAL_LM_MAPPING
+        self._class: Any = classes[type(self._config)]
 
     def skeleton(self) -> Any:
         """The model without weights."""
         from transformers import GenerationConfig
 
         model = self._load([])
-        model.generation_config = GenerationConfig.from_pretrained(self._folder)
+        if model.can_generate():
+            model.generation_config = GenerationConfig.from_pretrained(self._folder)
         return model.eval()
 
     def values(self, path: str) -> Mapping[str, Tensor]:
@@ -134,8 +141,15 @@ class BlockLoader:
 
 
 def complete(loaded: Any) -> Any:
-    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many."""
+    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many, but for those of
+    another head on the same model: a language model has no `score`, and a classifier only that.
+    """
     model, info = loaded
+    inside = f"{model.base_model_prefix}."
+    if hasattr(model, "score"):
+        info["unexpected_keys"] = {name for name in info["unexpected_keys"] if name.startswith(inside)}
+    else:
+        info["unexpected_keys"] = set(info["unexpected_keys"]) - {SCORE}
     wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
     if wrong:
         raise ValueError(f"transformers loads the folder with {wrong}")

@@ -37,7 +37,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def model_card(
     name: str, manifest: Manifest, train_state: dict[str, Any], found: dict[str, float], architecture: str, loads: str
 ) -> str:
-    """README.md: what the model is and how it was trained. `loads` is the Python line that loads it."""
+    """README.md: what the model is and how it was trained. `loads` is the Python code that loads it."""
     facts = {
         "architecture": architecture,
         "parameters": f"{manifest.model.parameters:,}",
@@ -67,8 +67,6 @@ A language model trained with titan_lite.
 |---|---|
 {table}
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 {loads}
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```

@@ -29,11 +29,12 @@ from titan_lite.hf.choose import natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import Subject
+from titan_lite.hf.reward import SETTINGS, classifier_name
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import Written, common_dtype, write_bytes, write_shards, write_text
 from titan_lite.hf.source import Image, Source
 from titan_lite.hf.stored import StepTensors
-from titan_lite.hf.tokenizer_files import tokenizer_files
+from titan_lite.hf.tokenizer_files import padding_token, tokenizer_files
 from titan_lite.hf.verify import Comparison, quiet_transformers, tokenizer_problems, verify
 from titan_lite.job import Job
 from titan_lite.models.transformer import vocab_size_for
@@ -43,6 +44,7 @@ OWN: Final = "titan_lite"
 MODEL_TYPE: Final = "model_type"
 """Key in the train state of an imported model: what it was, of several architectures that it could be."""
 OWN_CLASS: Final = "TitanLiteForCausalLM"
+OWN_REWARD: Final = "TitanLiteForSequenceClassification"
 TYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Types that weights can be given."""
 SHARD_SIZE: Final = 5 * 10**9
@@ -72,6 +74,8 @@ class Target:
 
     model_type: str
     class_name: str
+    reward_class: str
+    """transformers' class that gives texts rewards; empty where the model has no reward head."""
     settings: dict[str, Any]
     tensors: Source
     """Under the names of files, in the checkpoint's types."""
@@ -170,12 +174,17 @@ def choose_target(opened: Pieces) -> Target:
             continue
         tensors = found.tensors(opened.tensors)
         titles = tuple(fold.title for fold in found.folds)
-        name = found.architecture.model_type, found.architecture.class_name
-        return Target(*name, found.settings, tensors, found.loaded(opened.tensors), found.exact, titles)
+        kind, scores = found.architecture.model_type, opened.job.model.head.reward.scores
+        names = kind, found.architecture.class_name, classifier_name(kind) if scores else ""
+        return Target(*names, found.settings, tensors, found.loaded(opened.tensors), found.exact, titles)
     rules = [Rule((name,), (f"model.{name}",)) for name in opened.tensors.meta]
     tensors = Image(rules, opened.tensors)
     tables = opened.job.model.model_dump(mode="json")
     tables["embedding"].pop("warm_start", None)  # its file is on this machine, and the rows are in the weights
+    scores = opened.job.model.head.reward.scores
+    classes = {"AutoModelForCausalLM": OWN_CLASS} | (
+        {"AutoModelForSequenceClassification": OWN_REWARD} if scores else {}
+    )
     settings = {
         OWN: tables,
         "vocab_size": opened.shape.vocab_size,
@@ -183,10 +192,10 @@ def choose_target(opened: Pieces) -> Target:
         "tie_word_embeddings": False,
         "auto_map": {
             "AutoConfig": "modeling_titan_lite.TitanLiteConfig",
-            "AutoModelForCausalLM": f"modeling_titan_lite.{OWN_CLASS}",
+            **{auto: f"modeling_titan_lite.{name}" for auto, name in classes.items()},
         },
     }
-    return Target(OWN, OWN_CLASS, settings, tensors, tensors, True, ())
+    return Target(OWN, OWN_CLASS, OWN_REWARD if scores else "", settings, tensors, tensors, True, ())
 
 
 def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
@@ -214,9 +223,10 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     from titan_lite.hf.modelling import REMOTE_CODE, REMOTE_FILE  # also makes our own config known
 
     tokenizer = opened.tokenizer
-    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": None}
-    config = CONFIG_MAPPING[target.model_type](**target.settings, **ids)
-    config.architectures = [target.class_name]
+    pad = padding_token(tokenizer) if target.reward_class else None
+    ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
+    config = CONFIG_MAPPING[target.model_type](**target.settings, **(SETTINGS if target.reward_class else {}), **ids)
+    config.architectures = [name for name in (target.class_name, target.reward_class) if name]
     config.dtype = dtype
     config.save_pretrained(folder)
     unused = list(range(tokenizer.vocab_size, opened.shape.vocab_size))
@@ -224,14 +234,16 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
         bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, suppress_tokens=unused or None
     )
     generation.save_pretrained(folder)
-    for name, content in tokenizer_files(tokenizer, opened.begin, opened.shape.context_len).items():
+    for name, content in tokenizer_files(tokenizer, opened.begin, opened.shape.context_len, pad).items():
         write_bytes(folder / name, content)
     custom = target.model_type == OWN
     if custom:
         write_text(folder / f"{REMOTE_FILE}.py", REMOTE_CODE)
     permission = ", trust_remote_code=True)  # the package titan_lite must be installed" if custom else ")"
     name = opened.job.job.description or "model"
-    loads = f'model = AutoModelForCausalLM.from_pretrained("{name}"{permission}'
+    autos = ["AutoModelForCausalLM", *(["AutoModelForSequenceClassification"] if target.reward_class else [])]
+    loads = f"from transformers import {', '.join([*autos, 'AutoTokenizer'])}\n"
+    loads += f'\nmodel = AutoModelForCausalLM.from_pretrained("{name}"{permission}'
     found = losses(opened.folder, opened.manifest.step)
     what = f"{target.class_name} ({target.model_type})"
     if depth := opened.shape.model.mtp.depth:
@@ -240,6 +252,10 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
         what += (
             f'; trained with a memory of earlier segments (`model.memory.type = "{memory}"`), which it is without here'
         )
+    if target.reward_class:
+        what += f"; as {target.reward_class} it rewards texts"
+        loads += f'\nrewards = AutoModelForSequenceClassification.from_pretrained("{name}"{permission}'
+        loads += f"\n# rewards(**texts).logits[:, 0], of texts that end with token {tokenizer.eos_id}, as in training"
     write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
 
 
@@ -271,6 +287,7 @@ def describe(
         "run_id": opened.manifest.run_id,
         "model_type": target.model_type,
         "class": target.class_name,
+        "reward_class": target.reward_class,
         "folds": list(target.folds),
         "mtp_depth": opened.shape.model.mtp.depth,
         "memory": _memory(opened),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from torch.distributed.tensor import DTensor
 from titan_lite.checkpoint.shard import shards_of
 from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.read import open_folder, our_tensors, same_model
 from titan_lite.hf.source import Source
+from titan_lite.models.head import RewardHead
 from titan_lite.models.transformer import Transformer
+
+REWARD: Final = "head.reward"
+"""What a folder may lack."""
 
 
 def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> Source:
@@ -30,7 +36,14 @@ def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> So
         raise ConfigError.at("checkpoint.initial_load_in_hf_quantized", why, True, "false", code=CROSS_FIELD)
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
-    return our_tensors(folder, Shape.of(model, folder.tables["vocab_size"], folder.context_len))
+    there = _with_reward_head(model, folder.tables)
+    return our_tensors(folder, Shape.of(there, folder.tables["vocab_size"], folder.context_len))
+
+
+def _with_reward_head(model: Transformer.Config, tables: Tables) -> Transformer.Config:
+    """The model with the reward head of a folder: none, in most of them, and then the run's own starts anew."""
+    reward = RewardHead.Config.choose(tables.get("head", {}).get("reward", "none"))
+    return model.model_copy(update={"head": model.head.model_copy(update={"reward": reward})})
 
 
 def fill(source: Source, tensors: Mapping[str, Tensor]) -> None:
@@ -41,7 +54,9 @@ def fill(source: Source, tensors: Mapping[str, Tensor]) -> None:
         if meta is None or tuple(meta.shape) != shard.shape:
             there = "none" if meta is None else list(meta.shape)
             why = f"the folder has {there} for {inner}, and this run's has the shape {list(shard.shape)}"
-            raise ConfigError.at("checkpoint.initial_load_path", why)
+            fresh = REWARD in inner and meta is None
+            allowed = f'checkpoint.exclude_from_loading = ["model.{REWARD}"] for one that starts anew' if fresh else ""
+            raise ConfigError.at("checkpoint.initial_load_path", why, allowed=allowed)
         target = tensors[name]
         local = target.to_local() if isinstance(target, DTensor) else target
         if not local.dim():

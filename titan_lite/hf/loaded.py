@@ -61,8 +61,8 @@ class Loading(ABC):
         """The checkpoint's model."""
 
     @abstractmethod
-    def theirs(self, subject: Subject) -> Any:
-        """The folder's model, as transformers loads it."""
+    def theirs(self, subject: Subject, classifies: bool = False) -> Any:
+        """The folder's model, as transformers loads it: the language model, or what gives texts rewards."""
 
     @abstractmethod
     def unround(self, loaded: Any, subject: Subject) -> list[str]:
@@ -88,12 +88,12 @@ class Whole(Loading):
                 tensor.copy_(subject.ours.read(name))
         return model
 
-    def theirs(self, subject: Subject) -> Any:
-        return load_theirs(subject.folder)
+    def theirs(self, subject: Subject, classifies: bool = False) -> Any:
+        return load_theirs(subject.folder, classifies)
 
     def unround(self, loaded: Any, subject: Subject) -> list[str]:
         tensors, otherwise = loaded.state_dict(), []
-        for name in subject.theirs.meta:
+        for name in (name for name in subject.theirs.meta if name in tensors):  # others are of the other head
             values = subject.theirs.read(name)
             if not subject.is_written(tensors[name], values):
                 otherwise.append(name)
@@ -114,8 +114,8 @@ class ByBlock(Loading):
         Streamed(model, units_of(model), partial(values_of, subject.ours, model, {}))
         return model
 
-    def theirs(self, subject: Subject) -> Any:
-        loader = BlockLoader(subject.folder)
+    def theirs(self, subject: Subject, classifies: bool = False) -> Any:
+        loader = BlockLoader(subject.folder, classifies)
         model = loader.skeleton()
         self._streamed = Streamed(model, units_of(model), loader.values)
         return model
@@ -131,14 +131,15 @@ class ByBlock(Loading):
         return max(0, min(wanted, READS // (4 * subject.parameters) - 1))
 
 
-def load_theirs(folder: Path) -> Any:
+def load_theirs(folder: Path, classifies: bool = False) -> Any:
     """The folder's model in float32, as `from_pretrained` loads it, without permission to run code."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    return complete(AutoModelForCausalLM.from_pretrained(folder, **options)).eval()
+    loader: Any = AutoModelForSequenceClassification if classifies else AutoModelForCausalLM
+    return complete(loader.from_pretrained(folder, **options)).eval()
 
 
 def _ours_on_meta(shape: Shape) -> Transformer:

@@ -13,8 +13,15 @@ from typing import Any, Final, cast
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
 from titan_lite.models.context import LayerMemory, Memory
 from titan_lite.models.head.output import Output
@@ -23,9 +30,9 @@ from titan_lite.models.transformer import Transformer
 REMOTE_FILE: Final = "modeling_titan_lite"
 REMOTE_CODE: Final = '''"""The classes of this model, which are part of the package titan_lite."""
 
-from titan_lite.hf.modelling import TitanLiteConfig, TitanLiteForCausalLM
+from titan_lite.hf.modelling import TitanLiteConfig, TitanLiteForCausalLM, TitanLiteForSequenceClassification
 
-__all__ = ["TitanLiteConfig", "TitanLiteForCausalLM"]
+__all__ = ["TitanLiteConfig", "TitanLiteForCausalLM", "TitanLiteForSequenceClassification"]
 '''
 ROOM: Final = 64
 """Tokens, at least, for which a cache that has grown has room."""
@@ -110,8 +117,8 @@ class GrowingCache(Memory):
             self.padding = self.padding.index_select(0, beam_idx)
 
 
-class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
-    """The transformer of this package with a language-model head."""
+class TitanLiteModel(PreTrainedModel):
+    """The transformer of this package, with all of its heads."""
 
     config_class = TitanLiteConfig
     base_model_prefix = "model"
@@ -123,10 +130,6 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
         self.model: Transformer = config.model_config().build(vocab_size=config.vocab_size)
         self.post_init()
 
-    @classmethod
-    def _supports_default_dynamic_cache(cls) -> bool:
-        return False
-
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Weights come from files."""
 
@@ -136,6 +139,27 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> torch.nn.Module:
         return self.model.embedding
+
+    def _padding(self, attention_mask: Tensor) -> Tensor | None:
+        """(B,) hidden tokens on the left of each row; what is hidden on the right is seen by nothing before it."""
+        hidden = (attention_mask != 0).int().argmax(dim=1)
+        if not hidden.any():
+            return None
+        position = getattr(self.config.model_config().embedding, "position", None)
+        if position is not None and position.model_dump()["type"] != "none":
+            raise ValueError(
+                "rows padded on the left have other positions, and model.embedding.position "
+                f"is {position.model_dump()['type']!r}: generate for one row at a time"
+            )
+        return hidden
+
+
+class TitanLiteForCausalLM(TitanLiteModel, GenerationMixin):
+    """With a language-model head."""
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        return False
 
     def forward(
         self,
@@ -166,19 +190,36 @@ class TitanLiteForCausalLM(PreTrainedModel, GenerationMixin):
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cast(Any, cache if use_cache else None))
 
-    def _padding(self, attention_mask: Tensor) -> Tensor | None:
-        """(B,) hidden tokens on the left of each row; what is hidden on the right is seen by nothing before it."""
-        hidden = (attention_mask != 0).int().argmax(dim=1)
-        if not hidden.any():
-            return None
-        position = getattr(self.config.model_config().embedding, "position", None)
-        if position is not None and position.model_dump()["type"] != "none":
-            raise ValueError(
-                "rows padded on the left have other positions, and model.embedding.position "
-                f"is {position.model_dump()['type']!r}: generate for one row at a time"
-            )
-        return hidden
+
+class TitanLiteForSequenceClassification(TitanLiteModel):
+    """With a reward head: one number for each text."""
+
+    def __init__(self, config: TitanLiteConfig):
+        super().__init__(config)
+        if not config.model_config().head.reward.scores:
+            raise ValueError('this model has no reward head: it was trained with model.head.reward.type = "none"')
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+    ) -> SequenceClassifierOutputWithPast:
+        """Ids (B, T) -> rewards (B, 1), read at the last token of each row that the mask shows, or without a mask at
+        the last that is not the config's `pad_token_id`.
+        """
+        cache, shown = GrowingCache(), attention_mask
+        if attention_mask is not None:
+            cache.padding = self._padding(attention_mask)
+        elif self.config.pad_token_id is not None:
+            shown = input_ids != self.config.pad_token_id
+        places = torch.arange(input_ids.shape[1], device=input_ids.device)
+        ends = (places if shown is None else places * (shown != 0)).expand(len(input_ids), -1).argmax(dim=1)
+        rewards: Tensor = self.model(
+            input_ids,
+            memory=None if cache.padding is None else cache,
+            consume=lambda x, output: output.rewards(ends),
+        )
+        return SequenceClassifierOutputWithPast(logits=cast(Any, rewards[:, None]))
 
 
 AutoConfig.register("titan_lite", TitanLiteConfig, exist_ok=True)
 AutoModelForCausalLM.register(TitanLiteConfig, TitanLiteForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(TitanLiteConfig, TitanLiteForSequenceClassification, exist_ok=True)

@@ -28,7 +28,7 @@ def normal_form(model: Transformer.Config) -> Tables:
         "stack": model.stack.model_dump(),
         "layers": [_layer(layer, model.dim) for layer in model.each_layer()],
         "final_norm": model.last_norm().model_dump(),
-        "head": model.head.model_dump(),
+        "head": _without(model.head.model_dump(), "reward"),  # beside what the logits are
         "mtp": _without(model.mtp.model_dump(), "weight"),
     }
 

@@ -17,7 +17,9 @@ from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.fp8 import Block, block_of, stored_weights
 from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
+from titan_lite.hf.reward import SCORE, reward_table
 from titan_lite.hf.rule import Rule, Tensors, Transform
+from titan_lite.hf.setting import merge
 from titan_lite.hf.source import Image, Meta, Place, Source
 from titan_lite.hf.stored import read_json
 from titan_lite.models.spec import collect_specs
@@ -69,6 +71,7 @@ def open_folder(path: Path) -> Folder:
         tables = architecture.tables(settings)
     except ConfigError as error:
         raise ConfigError(replace(problem, file=str(file)) for problem in error.problems) from None
+    merge(tables, {"head": {"reward": reward_table(str(path), stored_weights(path, block).meta)}})
     return Folder(path, model_type, architecture, tables, int(context_len), settings, block)
 
 
@@ -110,6 +113,9 @@ def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
     """Keys of [model] in which a run's model is another than the folder's."""
     image = Transformer.Config.model_validate(folder.tables)
     theirs = normal_form(image)
+    if image.head.reward.scores and not ours.head.reward.scores:
+        why = f"would leave out the reward head that is in {folder.path}"
+        yield Problem(CROSS_FIELD, "model.head.reward.type", why, "none", '"linear"')
     for path, value, other in differences(absorbed(normal_form(ours), theirs), theirs):
         key = ".".join(("model", *(str(part) for part in path if part != "layers" and not isinstance(part, int))))
         why = f"is another model than the {folder.model_type} model in {folder.path}"
@@ -172,7 +178,7 @@ class Prefixed:
     def __init__(self, files: Source, base: str):
         self.files = files
         self._names = {
-            name if name.startswith(("lm_head.", f"{base}.")) else f"{base}.{name}": name for name in files.meta
+            name if name.startswith(("lm_head.", SCORE, f"{base}.")) else f"{base}.{name}": name for name in files.meta
         }
         self.meta: Mapping[str, Tensor] = {new: files.meta[name] for new, name in self._names.items()}
 

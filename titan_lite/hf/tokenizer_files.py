@@ -35,8 +35,11 @@ SAMPLES: Final = (
 """Texts whose ids must be the same in both; they hold what splitting and normalising differ in."""
 
 
-def tokenizer_files(tokenizer: Tokenizer, begin: int | None, context_len: int) -> dict[str, bytes]:
-    """File name -> content. Every text gets the ids that training saw, with `begin` before it where there is one.
+def tokenizer_files(
+    tokenizer: Tokenizer, begin: int | None, context_len: int, pad: int | None = None
+) -> dict[str, bytes]:
+    """File name -> content. Every text gets the ids that training saw, with `begin` before it where there is one, and
+    `pad` behind those that are shorter than others.
 
     ConfigError where that cannot be had.
     """
@@ -44,6 +47,8 @@ def tokenizer_files(tokenizer: Tokenizer, begin: int | None, context_len: int) -
     _compare(tokenizer, found)
     _begin_with(found, begin)
     names = {"eos_token": tokenizer.eos_id, "bos_token": tokenizer.bos_id if tokenizer.bos_id is not None else begin}
+    if pad is not None:
+        names |= {"pad_token": pad}
     config: dict[str, Any] = {
         **_own_config(tokenizer),
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -57,6 +62,17 @@ def tokenizer_files(tokenizer: Tokenizer, begin: int | None, context_len: int) -
         CONFIG: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode(),
         **({} if template is None else {TEMPLATE: template}),
     }
+
+
+def padding_token(tokenizer: Tokenizer) -> int | None:
+    """What may stand behind a text without ending it: transformers' classifiers look for the last token that is
+    another one. The tokenizer's own, or the begin of text; None where both are the end of text, or none.
+    """
+    own = _own_config(tokenizer).get("pad_token")
+    name = own.get("content") if isinstance(own, dict) else own
+    number = pipeline(tokenizer).token_to_id(name) if name else None
+    candidates = (number, tokenizer.bos_id)
+    return next((pad for pad in candidates if pad not in (None, tokenizer.eos_id)), None)
 
 
 def chat_template(tokenizer: Tokenizer) -> bytes | None:

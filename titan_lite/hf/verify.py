@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -53,6 +54,8 @@ class Comparison:
     """Largest change of a logit by the folder's own type of weights, compared with float32; 0 where it is float32."""
     block_differences: tuple[float, ...]
     """Largest difference behind each block, in parts of the largest number there; none where weights were folded."""
+    max_reward_difference: float | None
+    """Of texts by the reward head; None where there is none."""
     greedy_tokens: int
     greedy_equal: bool | None
     """None where no continuation was made."""
@@ -80,20 +83,22 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
     fits = available is None or needed <= available
     loading = METHODS[method or (Whole.name if fits else ByBlock.name)]()
     prompts = fixed_prompts(subject.shape, tokenizer)
+    of_rewards = None
     problems = list(tokenizer_problems(subject.folder, tokenizer, begin))
     count = loading.new_tokens(subject, _room(subject.shape, NEW_TOKENS))
     starts = prompts[:, :PROMPT].tolist() if count > 0 else []
     with quiet_transformers(), torch.no_grad():
         reference = loading.ours(subject)
         wanted = _look(reference, reference, prompts)
+        rewards = _rewards(reference, prompts) if subject.shape.config.head.reward.scores else None
         if not wanted.logits.isfinite().all():
             raise _not_finite(subject)
         ours = [_continued(reference, start, count, tokenizer) for start in starts]
         del reference
         loaded = loading.theirs(subject)
-        rounded = loaded(prompts).logits.float()
+        rounded = _logits(loaded, prompts)
         otherwise = loading.unround(loaded, subject)
-        found = _look(loaded, lambda tokens: loaded(tokens).logits.float(), prompts)
+        found = _look(loaded, partial(_logits, loaded), prompts)
         theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
         different = [
             f"greedy continuations differ from token {at} on"
@@ -103,6 +108,14 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
                 loaded, start + mine[:at], [*mine, tokenizer.eos_id][at], [*other, tokenizer.eos_id][at], tolerance
             )
         ]
+        del loaded
+        if rewards is not None:
+            scorer = loading.theirs(subject, classifies=True)
+            otherwise += loading.unround(scorer, subject)
+            scored = torch.cat([scorer(row[None]).logits[:, 0] for row in prompts])
+            of_rewards = (rewards - scored).abs().max().item()
+            if not of_rewards <= tolerance:
+                problems.append(f"rewards differ by up to {of_rewards:.3g}, where {tolerance:.0e} is allowed")
     if otherwise:
         problems.append(f"{len(otherwise)} tensors are not what the checkpoint makes, such as {otherwise[0]}")
     difference = (wanted.logits - found.logits).abs().max().item()
@@ -119,6 +132,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         tolerance=tolerance,
         rounding=(rounded - found.logits).abs().max().item(),
         block_differences=blocks,
+        max_reward_difference=of_rewards,
         greedy_tokens=max(0, count) * len(starts),
         greedy_equal=not different if starts else None,
         tokenizer_texts=len(SAMPLES),
@@ -158,6 +172,18 @@ def _look(model: nn.Module, logits: Callable[[Tensor], Tensor], prompts: Tensor)
     for hook in hooks:
         hook.remove()
     return Seen(found, tuple(seen))
+
+
+def _logits(loaded: Any, tokens: Tensor) -> Tensor:
+    logits: Tensor = loaded(tokens).logits
+    return logits.float()
+
+
+def _rewards(model: Transformer, prompts: Tensor) -> Tensor:
+    """(ROWS,) of the whole prompts."""
+    ends = torch.full((len(prompts),), prompts.shape[1] - 1)
+    rewards: Tensor = model(prompts, consume=lambda x, output: output.rewards(ends))
+    return rewards
 
 
 def _block_differences(wanted: Seen, found: Seen) -> tuple[float, ...]:

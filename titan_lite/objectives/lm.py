@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from torch import Tensor, nn
 
@@ -12,12 +13,19 @@ from titan_lite.models.row import WHOLE, Row
 from titan_lite.objectives.cross_entropy import CrossEntropy
 from titan_lite.objectives.objective import Objective, Validation
 
+if TYPE_CHECKING:
+    from titan_lite.job import Job
+
 
 class LanguageModeling(Validation):
     """Cross entropy of the next token, and of further ones where the model has an `mtp`. Source: arXiv 1706.03762."""
 
     class Config(Objective.Config):
         type: Literal["lm"] = "lm"
+
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            if job.model.head.reward.scores:
+                yield 'model.head.reward is part of the model, and objective.type = "lm" does not train it'
 
     def __init__(self, config: Objective.Config, cross_entropy: CrossEntropy, row: Row = WHOLE):
         """`row`: what this rank computes of the loss of each row."""
