@@ -63,7 +63,7 @@ class RewardModeling(Objective):
         """Weight of the mean next-token loss of the chosen answers; 0 = that head is neither run nor trained."""
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
-            yield from _problems(job)
+            yield from _problems(self, job)
 
     config: Config
 
@@ -147,10 +147,13 @@ def ends_of(documents: Tensor) -> Tensor:
     return (documents == 0).sum(1) - 1
 
 
-def _problems(job: Job) -> Iterable[Problem]:
+def _problems(objective: RewardModeling.Config, job: Job) -> Iterable[Problem]:
     if not job.model.head.reward.scores:
         why = 'is "none", and objective.type = "reward" trains a reward head'
         yield Problem(CROSS_FIELD, "model.head.reward.type", why, "none", '"linear"')
+    elif objective.loss == "contrastive" and getattr(job.model.head.reward, "bias", False):
+        why = 'adds the same to both texts of a pair, of which objective.loss = "contrastive" sees the difference'
+        yield Problem(CROSS_FIELD, "model.head.reward.bias", why, True, "false")
     training, layout = job.training, job.parallelism
     rows = {"training.local_batch_size": training.local_batch_size}
     if training.global_batch_size != -1:
