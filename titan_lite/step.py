@@ -103,6 +103,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
     with torch.device("meta"):
         model: Transformer = job.model.build(vocab_size=vocab_size)
     specs = collect_specs(model)
+    job.objective.freeze(model)
     if job.debug.moe_force_load_balance:
         route_evenly(model)
     precision.store(model, specs)

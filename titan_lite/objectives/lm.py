@@ -15,6 +15,7 @@ from titan_lite.objectives.objective import Objective, Validation
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+    from titan_lite.models.transformer import Transformer
 
 
 class LanguageModeling(Validation):
@@ -22,6 +23,9 @@ class LanguageModeling(Validation):
 
     class Config(Objective.Config):
         type: Literal["lm"] = "lm"
+
+        def freeze(self, model: Transformer) -> None:
+            model.head.reward.requires_grad_(False)
 
         def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
             if job.model.head.reward.scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import ClassVar, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 
@@ -11,6 +11,9 @@ from titan_lite.config.component import Component, SlotConfig
 from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
 from titan_lite.models.module import Total
 from titan_lite.objectives.cross_entropy import CrossEntropy
+
+if TYPE_CHECKING:
+    from titan_lite.models.transformer import Transformer
 
 Counted: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 """(targets, documents), both (B, T), of each of this rank's micro-batches."""
@@ -26,6 +29,9 @@ class Objective(Component):
         default_type: ClassVar[str] = "lm"
         reads_pairs: ClassVar[bool] = False
         """Whether rows come in pairs: of each two the first is the better text."""
+
+        def freeze(self, model: Transformer) -> None:
+            """Switches off the gradients of what it does not train, so that nothing is kept for them."""
 
     cross_entropy: CrossEntropy
     """Of the next token."""

@@ -23,6 +23,7 @@ from titan_lite.objectives.objective import Counted, Objective, Validation
 
 if TYPE_CHECKING:
     from titan_lite.job import Job
+    from titan_lite.models.transformer import Transformer
 
 
 def separable(chosen: Tensor, rejected: Tensor, smoothing: float) -> Tensor:
@@ -61,6 +62,11 @@ class RewardModeling(Objective):
         """Part e of the pairs that are taken to be labelled the wrong way round."""
         lm_weight: NonNegativeFloat = 0.0
         """Weight of the mean next-token loss of the chosen answers; 0 = that head is neither run nor trained."""
+
+        def freeze(self, model: Transformer) -> None:
+            if not self.lm_weight:
+                model.head.requires_grad_(False)
+                model.head.reward.requires_grad_(True)
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from _problems(self, job)

@@ -84,7 +84,8 @@ class Scoring:
         at = key_positions(k, context.recalled)
         allowed, bias = self.allowed(q, at, q_document, k_document), self.bias.grid(q, at)
         if context.first_key is not None:
-            allowed = allowed & (k >= context.first_key[:, None, None, None])
+            # Tokens that are hidden themselves see themselves: weights over nothing would be no numbers.
+            allowed = allowed & ((k >= context.first_key[:, None, None, None]) | (at == q))
         if self.registers:
             before = (self.registers, 0)
             allowed = F.pad(allowed, before, value=True)

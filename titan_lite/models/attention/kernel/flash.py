@@ -110,7 +110,7 @@ class FlashAttention(Kernel):
         )
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
-        if not self.runs_on(q):
+        if not self.runs_on(q) or context.first_key is not None:
             grids = self.scoring.grids(context, k.shape[2] - self.scoring.registers)
             return self.elsewhere(q, k, v, context._replace(prepared={self.elsewhere.key: grids}))
         import flash_attn

@@ -95,7 +95,7 @@ class Flex(Kernel):
         def remembered(row: Tensor, head: Tensor, q: Tensor, k: Tensor) -> Tensor:
             assert first_key is not None
             # One for all rows, or one for each.
-            return allowed(row, head, q, k) & (k >= first_key[row % len(first_key)])
+            return allowed(row, head, q, k) & ((k >= first_key[row % len(first_key)]) | (k == q + start))
 
         of_tokens = allowed if first_key is None else remembered
 

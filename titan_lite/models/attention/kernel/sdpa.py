@@ -41,7 +41,7 @@ class SDPA(Kernel):
     def prepare(self, context: Context) -> SDPAMask:
         """A mask, (T, S), (B, 1, T, S) or with H, only where the built-in causal one does not say it all."""
         size, documents = n_keys(context), context.documents is not None
-        if self.scoring.plain_causal(len(context.positions), size, documents):
+        if context.first_key is None and self.scoring.plain_causal(len(context.positions), size, documents):
             return SDPAMask(is_causal=True, mask=None)
         if self.scoring.newest_sees_all(context, size):
             return SDPAMask(is_causal=False, mask=None)
