@@ -81,17 +81,43 @@ def test_the_cache_changes_nothing(model: Any) -> None:
     torch.testing.assert_close(model(prompts(), labels=prompts()).loss, loss)
 
 
-@torch.no_grad()
-def test_rows_padded_on_the_left_are_as_alone(model: Any) -> None:
-    ids = prompts()
-    mask = torch.ones_like(ids)
+PADDED: dict[str, dict[str, Any]] = {
+    "plain causal": {"head": {"bias": True}},
+    "reversed": {"attention": {"position": {"type": "rope", "direction": "reversed"}}, "head": {"bias": True}},
+    "slopes": {"attention": {"position": "alibi"}},
+    "squared scores": {"attention": {"score": {"type": "relu_squared"}, "kernel": "eager"}},
+    "windows": {"attention": {"masks": ["causal", {"type": "sliding_window", "window": 4}]}, "head": {"bias": True}},
+    "recurrent": {"preset": "huginn", "n_layers": 4, "stack": {"state": "zero"}},
+}
+PADDED_ATOL = 2e-5
+"""fp32: logits of about ten units, the same sums with zeros between."""
+
+
+def left_padded() -> tuple[Tensor, Tensor]:
+    ids, mask = prompts(), torch.ones(2, 12, dtype=torch.long)
     ids[1, :5], mask[1, :5] = 0, 0
+    return ids, mask
+
+
+@pytest.mark.parametrize("name", PADDED)
+@torch.no_grad()
+def test_rows_padded_on_the_left_are_as_alone(name: str, tmp_path: Path) -> None:
+    save_random(tmp_path / "run", model_tables(**{"preset": "llama3"} | PADDED[name]))
+    assert export(tmp_path / "run", tmp_path / "hf", verified=False)["model_type"] == "titan_lite"
+    model, (ids, mask) = load_theirs(tmp_path / "hf"), left_padded()
+    logits = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[0], model(ids[:1]).logits[0], rtol=0, atol=PADDED_ATOL)
+    torch.testing.assert_close(logits[1, 5:], model(ids[1:, 5:]).logits[0], rtol=0, atol=PADDED_ATOL)
     options = {"max_new_tokens": 16, "do_sample": False}
     together = model.generate(ids, attention_mask=mask, **options)
-    for row, start in ((0, 0), (1, 5)):
-        alone = model.generate(ids[row : row + 1, start:], attention_mask=mask[row : row + 1, start:], **options)
-        width = alone.shape[1]
-        assert torch.equal(together[row, -(together.shape[1] - start) :][:width], alone[0])
+    alone = model.generate(ids[1:, 5:], attention_mask=mask[1:, 5:], **options)
+    assert torch.equal(together[1, 5:], alone[0])
+
+
+def test_positions_that_count_from_the_beginning_refuse_padding(model: Any) -> None:
+    ids, mask = left_padded()
+    with pytest.raises(ValueError, match=r"which model.attention.registers counts: give one row at a time"):
+        model(ids, attention_mask=mask)
 
 
 @torch.no_grad()

@@ -23,8 +23,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutputWithPast
 
+from titan_lite.config.component import SlotConfig
 from titan_lite.models.context import LayerMemory, Memory
 from titan_lite.models.head.output import Output
+from titan_lite.models.stack.recurrent.state import RandomState
 from titan_lite.models.transformer import Transformer
 
 REMOTE_FILE: Final = "modeling_titan_lite"
@@ -117,6 +119,27 @@ class GrowingCache(Memory):
             self.padding = self.padding.index_select(0, beam_idx)
 
 
+def counts_positions(model: Transformer.Config) -> Iterator[str]:
+    """Keys by which a text's results depend on where it begins, and not only on how far its tokens are from another."""
+    if chosen(getattr(model.embedding, "position", None)):
+        yield "model.embedding.position"
+    state = getattr(model.stack, "state", None)
+    if state is not None and issubclass(state.component, RandomState):
+        yield "model.stack.state"
+    for attention in (layer.attention for layer in model.each_layer()):
+        position = getattr(attention, "position", None)
+        if chosen(getattr(attention, "registers", None)) and chosen(position):
+            yield "model.attention.registers"
+        scaling = getattr(position, "scaling", None)
+        if scaling is not None and scaling.moves():
+            yield "model.attention.position.scaling"
+
+
+def chosen(slot: SlotConfig | None) -> bool:
+    """Whether a slot, where there is one, is filled."""
+    return slot is not None and slot.model_dump()["type"] != "none"
+
+
 class TitanLiteModel(PreTrainedModel):
     """The transformer of this package, with all of its heads."""
 
@@ -145,11 +168,9 @@ class TitanLiteModel(PreTrainedModel):
         hidden = (attention_mask != 0).int().argmax(dim=1)
         if not hidden.any():
             return None
-        position = getattr(self.config.model_config().embedding, "position", None)
-        if position is not None and position.model_dump()["type"] != "none":
+        if key := next(counts_positions(self.config.model_config()), ""):
             raise ValueError(
-                "rows padded on the left have other positions, and model.embedding.position "
-                f"is {position.model_dump()['type']!r}: generate for one row at a time"
+                f"rows padded on the left have other positions, which {key} counts: give one row at a time"
             )
         return hidden
 
