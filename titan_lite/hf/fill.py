@@ -30,7 +30,7 @@ def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> So
         raise ConfigError.at("checkpoint.initial_load_in_hf_quantized", why, True, "false", code=CROSS_FIELD)
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
-    return our_tensors(folder, Shape.of(model, folder.tables["vocab_size"], folder.context_len))
+    return our_tensors(folder, Shape.of(model, folder.tables["vocab_size"], folder.context_len)).tensors
 
 
 def fill(source: Source, tensors: Mapping[str, Tensor]) -> None:

@@ -85,7 +85,7 @@ class SequentialModules(MTP):
 
 
 class Predictor(nn.Module):
-    """One module: (z (B, T, D), embeddings of the tokens k ahead (B, T, D), context) -> (next z, state for the head)."""
+    """One module: (z (B, T, D), embeddings k ahead (B, T, D), context) -> (next z, state for the head)."""
 
     def __init__(self, dim: int, layer: Layer, norm: Norm.Config, read: Read):
         super().__init__()
