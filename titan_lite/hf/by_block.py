@@ -7,7 +7,7 @@ Those of transformers' model come from its own loader, which gets the shapes of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -94,9 +94,9 @@ class Absent:
 
 
 class BlockLoader:
-    """transformers' loader, asked for single modules of a folder's model."""
+    """transformers' loader, asked for single modules of a folder's model. `unloaded` are tensors that it has not."""
 
-    def __init__(self, folder: Path, classifies: bool = False):
+    def __init__(self, folder: Path, unloaded: Collection[str] = (), classifies: bool = False):
         from transformers import (
             MODEL_FOR_CAUSAL_LM_MAPPING,
             MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
@@ -105,7 +105,7 @@ class BlockLoader:
 
         import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
-        self._folder = folder
+        self._folder, self._unloaded = folder, unloaded
         self._files = FolderTensors(folder)
         self._config = AutoConfig.from_pretrained(folder)
         classes: Any = MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING if classifies else MODEL_FOR_CAUSAL_LM_MAPPING
@@ -137,20 +137,21 @@ class BlockLoader:
             for name, meta in self._files.meta.items()
         }
         options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-        return complete(self._class.from_pretrained(None, config=self._config, state_dict=tensors, **options))
+        loaded = self._class.from_pretrained(None, config=self._config, state_dict=tensors, **options)
+        return complete(loaded, self._unloaded)
 
 
-def complete(loaded: Any) -> Any:
-    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many, but for those of
-    another head on the same model: a language model has no `score`, and a classifier only that.
+def complete(loaded: Any, unloaded: Collection[str] = ()) -> Any:
+    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many: not `unloaded`,
+    nor those of another head on the same model (a language model has no `score`, and a classifier only that).
     """
     model, info = loaded
-    inside = f"{model.base_model_prefix}."
+    unexpected = set(info["unexpected_keys"]).difference(unloaded)
     if hasattr(model, "score"):
-        info["unexpected_keys"] = {name for name in info["unexpected_keys"] if name.startswith(inside)}
-    else:
-        info["unexpected_keys"] = set(info["unexpected_keys"]) - {SCORE}
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+        unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    found = info | {"unexpected_keys": unexpected - {SCORE}}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(found[kind]) for kind in kinds if found[kind]}
     if wrong:
         raise ValueError(f"transformers loads the folder with {wrong}")
     return model

@@ -25,7 +25,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.background import meanwhile
 from titan_lite.hf.beside import beside
 from titan_lite.hf.card import losses, model_card
-from titan_lite.hf.choose import natives
+from titan_lite.hf.choose import Unloaded, natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import Subject
@@ -81,6 +81,7 @@ class Target:
     """Under the names of files, in the checkpoint's types."""
     loaded: Source
     """The same under the names of transformers' modules."""
+    unloaded: Unloaded
     exact: bool
     folds: tuple[str, ...]
 
@@ -172,11 +173,11 @@ def choose_target(opened: Pieces) -> Target:
     for found in natives(opened.shape, preferred):
         if not keeps_tokenizer(found.architecture.model_type, opened):
             continue
-        tensors = found.tensors(opened.tensors)
-        titles = tuple(fold.title for fold in found.folds)
+        ours, titles = opened.tensors, tuple(fold.title for fold in found.folds)
+        tensors, loaded, unloaded = found.tensors(ours), found.loaded(ours), found.unloaded(ours)
         kind, scores = found.architecture.model_type, opened.job.model.head.reward.scores
         names = kind, found.architecture.class_name, classifier_name(kind) if scores else ""
-        return Target(*names, found.settings, tensors, found.loaded(opened.tensors), found.exact, titles)
+        return Target(*names, found.settings, tensors, loaded, unloaded, found.exact, titles)
     rules = [Rule((name,), (f"model.{name}",)) for name in opened.tensors.meta]
     tensors = Image(rules, opened.tensors)
     tables = opened.job.model.model_dump(mode="json")
@@ -195,7 +196,8 @@ def choose_target(opened: Pieces) -> Target:
             **{auto: f"modeling_titan_lite.{name}" for auto, name in classes.items()},
         },
     }
-    return Target(OWN, OWN_CLASS, OWN_REWARD if scores else "", settings, tensors, tensors, True, ())
+    unloaded = Unloaded(frozenset(), Image((), tensors))
+    return Target(OWN, OWN_CLASS, OWN_REWARD if scores else "", settings, tensors, tensors, unloaded, True, ())
 
 
 def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
@@ -269,7 +271,8 @@ def compare(folder: Path, opened: Pieces, target: Target, dtype: torch.dtype, me
     """Loads the folder again and compares. ConversionError where transformers cannot load it."""
     try:
         with quiet_transformers():
-            subject = Subject(folder, opened.shape, opened.tensors, target.loaded, dtype, target.exact)
+            ours, loaded, unloaded = opened.tensors, target.loaded, target.unloaded
+            subject = Subject(folder, opened.shape, ours, loaded, unloaded, dtype, target.exact)
             return verify(subject, opened.tokenizer, opened.begin, method)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"transformers cannot use the folder: {error}") from error

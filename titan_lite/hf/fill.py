@@ -37,7 +37,7 @@ def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> So
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
     there = _with_reward_head(model, folder.tables)
-    return our_tensors(folder, Shape.of(there, folder.tables["vocab_size"], folder.context_len))
+    return our_tensors(folder, Shape.of(there, folder.tables["vocab_size"], folder.context_len)).tensors
 
 
 def _with_reward_head(model: Transformer.Config, tables: Tables) -> Transformer.Config:

@@ -97,7 +97,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         del reference
         loaded = loading.theirs(subject)
         rounded = _logits(loaded, prompts)
-        otherwise = loading.unround(loaded, subject)
+        otherwise = loading.unround(loaded, subject) + subject.unloaded_otherwise()
         found = _look(loaded, partial(_logits, loaded), prompts)
         theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
         different = [
