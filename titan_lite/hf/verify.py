@@ -19,6 +19,7 @@ from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import ByBlock, Loading, Subject, Whole, blocks_of
 from titan_lite.hf.memory import available_memory
 from titan_lite.hf.tokenizer_files import SAMPLES
+from titan_lite.hushed import torchao_hushed
 from titan_lite.models.transformer import Transformer
 
 EXACT: Final = 1e-4
@@ -220,14 +221,15 @@ def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) ->
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and reports, which belong to other programs."""
+    """Without its progress bars and reports, which belong to other programs, and torchao's, which it imports."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.ERROR)
     theirs.disable_progress_bar()
     try:
-        yield
+        with torchao_hushed():
+            yield
     finally:
         theirs.set_verbosity(level)
         if bars:
