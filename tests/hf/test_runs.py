@@ -48,7 +48,7 @@ def test_a_trained_model_goes_on_alike_here_and_there(tmp_path: Path) -> None:
 
     model, tokenizer, job = load_pretrained(run, CPU)
     ids = prompt_ids(tokenizer, job.data.bos, "def main(")
-    ours = list(generate(model, ids, 48, Sampling(temperature=0.0), 0, CPU, tokenizer.vocab_size, tokenizer.eos_id))
+    ours = list(generate(model, ids, 48, Sampling(temperature=0.0), 0, CPU, 256, [tokenizer.eos_id]))
     theirs = AutoTokenizer.from_pretrained(run / "hf-step-6")
     prompt = theirs("def main(", return_tensors="pt")
     assert prompt["input_ids"].tolist() == [ids]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from titan_lite.config.errors import ConfigError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.generation import Sampling, generate
+from titan_lite.generation.ends import ends_of
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import ByBlock, Loading, Subject, Whole, blocks_of
 from titan_lite.hf.memory import available_memory
@@ -80,7 +81,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
     available = available_memory()
     fits = available is None or needed <= available
     loading = METHODS[method or (Whole.name if fits else ByBlock.name)]()
-    prompts = fixed_prompts(subject.shape, tokenizer)
+    prompts, ends = fixed_prompts(subject.shape, tokenizer), ends_of(tokenizer)
     problems = list(tokenizer_problems(subject.folder, tokenizer, begin))
     count = loading.new_tokens(subject, _room(subject.shape, NEW_TOKENS))
     starts = prompts[:, :PROMPT].tolist() if count > 0 else []
@@ -89,20 +90,18 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         wanted = _look(reference, reference, prompts)
         if not wanted.logits.isfinite().all():
             raise _not_finite(subject)
-        ours = [_continued(reference, start, count, tokenizer) for start in starts]
+        ours = [_continued(reference, start, count, tokenizer, ends) for start in starts]
         del reference
         loaded = loading.theirs(subject)
         rounded = loaded(prompts).logits.float()
         otherwise = loading.unround(loaded, subject)
         found = _look(loaded, lambda tokens: loaded(tokens).logits.float(), prompts)
-        theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
+        theirs = [_continued_there(loaded, start, count, ends) for start in starts]
         different = [
             f"greedy continuations differ from token {at} on"
             for start, mine, other in zip(starts, ours, theirs, strict=True)
             if (at := _parting(mine, other)) is not None
-            and not _is_tie(
-                loaded, start + mine[:at], [*mine, tokenizer.eos_id][at], [*other, tokenizer.eos_id][at], tolerance
-            )
+            and not _is_tie(loaded, start + mine[:at], mine[at : at + 1] or ends, other[at : at + 1] or ends, tolerance)
         ]
     if otherwise:
         problems.append(f"{len(otherwise)} tensors are not what the checkpoint makes, such as {otherwise[0]}")
@@ -174,18 +173,20 @@ def _not_finite(subject: Subject) -> ConfigError:
     return ConfigError.at("model", "the checkpoint's logits are no finite numbers")
 
 
-def _continued(model: Transformer, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
-    """The likeliest tokens behind these, up to the end of the text."""
-    greedy, ends = Sampling(temperature=0.0), (tokenizer.vocab_size, tokenizer.eos_id)
-    return list(generate(model, start, count, greedy, 0, torch.device("cpu"), *ends))
+def _continued(
+    model: Transformer, start: list[int], count: int, tokenizer: Tokenizer, ends: Sequence[int]
+) -> list[int]:
+    """The likeliest tokens behind these, up to one of `ends`."""
+    greedy = Sampling(temperature=0.0)
+    return list(generate(model, start, count, greedy, 0, torch.device("cpu"), tokenizer.vocab_size, ends))
 
 
-def _continued_there(loaded: Any, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
-    """The same by transformers."""
+def _continued_there(loaded: Any, start: list[int], count: int, ends: Sequence[int]) -> list[int]:
+    """The same by transformers, which ends where the folder says."""
     tokens = torch.tensor([start])
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count, "do_sample": False}
     made: list[int] = loaded.generate(tokens, **options)[0, len(start) :].tolist()
-    return made[: made.index(tokenizer.eos_id)] if tokenizer.eos_id in made else made
+    return made[: next((at for at, token in enumerate(made) if token in ends), len(made))]
 
 
 def _parting(one: list[int], other: list[int]) -> int | None:
@@ -196,10 +197,10 @@ def _parting(one: list[int], other: list[int]) -> int | None:
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
-def _is_tie(loaded: Any, text: list[int], one: int, other: int, tolerance: float) -> bool:
-    """Whether both tokens may follow the text, up to rounding."""
+def _is_tie(loaded: Any, text: list[int], one: Sequence[int], other: Sequence[int], tolerance: float) -> bool:
+    """Whether the likeliest of both groups of tokens may follow the text, up to rounding."""
     logits = loaded(torch.tensor([text])).logits[0, -1].float()
-    return bool((logits[one] - logits[other]).abs() <= 2 * tolerance)
+    return bool((logits[list(one)].max() - logits[list(other)].max()).abs() <= 2 * tolerance)
 
 
 def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) -> Iterator[str]:
