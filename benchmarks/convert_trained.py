@@ -44,7 +44,7 @@ def continued_here(run: Path, prompt: str, count: int) -> str:
     model, tokenizer, job = load_pretrained(run, cpu)
     ids = prompt_ids(tokenizer, job.data.bos, prompt)
     greedy = Sampling(temperature=0.0)
-    made = generate(model, ids, count, greedy, 0, cpu, tokenizer.vocab_size, tokenizer.eos_id)
+    made = generate(model, ids, count, greedy, 0, cpu, tokenizer.vocab_size, [tokenizer.eos_id])
     return tokenizer.decode([*tokenizer.encode(prompt).tolist(), *made])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ ROWS = 10
 """Candidates in the table."""
 WRITTEN_OUT = 3
 """Candidates of which the TOML is shown."""
+
+_NUMBER = re.compile(r"\b\d+(?:\.\d+)?\b")
 
 _HEADER = (
     "     layout             checkpoint  micro-batch  sequences   step s  tokens/s/device    MFU  reserved GiB   spare"
@@ -92,9 +95,25 @@ def _searched(found: Plan) -> Iterator[str]:
     estimated = f"{len(found.estimated)} candidates of {found.layouts} layouts estimated, {fitting} of them fit"
     yield estimated + (f"; {found.left_out} layouts left out (--layouts)" if found.left_out else "")
     for title, reasons in (("not estimated", found.pruned), ("not legal here", found.refused)):
-        for why, count in sorted(reasons.items(), key=lambda entry: (-entry[1], entry[0])):
-            if count:
-                yield f"  {count:4} {title}: {why}"
+        for why, count in sorted(_said_once(reasons), key=lambda entry: (-entry[1], entry[0])):
+            yield f"  {count:4} {title}: {why}"
+
+
+def _said_once(reasons: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Reasons that differ in numbers only as one, each number the span of theirs; and how many it stands for."""
+    alike: dict[str, list[str]] = {}
+    for why, count in reasons.items():
+        if count:
+            alike.setdefault(_NUMBER.sub("0", why), []).append(why)
+    for group in alike.values():
+        spans = [*map(_span, zip(*map(_NUMBER.findall, group), strict=True)), ""]
+        said = "".join(text + span for text, span in zip(_NUMBER.split(group[0]), spans, strict=True))
+        yield said, sum(reasons[why] for why in group)
+
+
+def _span(numbers: tuple[str, ...]) -> str:
+    low, high = min(numbers, key=float), max(numbers, key=float)
+    return low if low == high else f"{low} to {high}"
 
 
 def _table(found: Plan) -> Iterator[str]:

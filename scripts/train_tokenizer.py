@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Trains a tokenizer on any data source of titan_lite.
 
-    python scripts/train_tokenizer.py --type bpe --vocab-size 4096 --out tokenizers/stdlib
+    python scripts/train_tokenizer.py --type bpe --vocab-size 4096 --out outputs/tokenizer
     python scripts/train_tokenizer.py --type unigram --vocab-size 8192 --out my/tokenizer --source 'my/*.jsonl.zst'
 
 bpe writes `tokenizer.json` and `tokenizer_config.json` (Hugging Face tokenizers, byte level); in a training file:

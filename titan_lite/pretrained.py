@@ -18,6 +18,7 @@ from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.generation.ends import ends_of
 from titan_lite.generation.engine import Engine, alone, no_memory
 from titan_lite.job import Job
 from titan_lite.models.memory import LaneMemory
@@ -44,8 +45,8 @@ class Pretrained(NamedTuple):
         return prompt_ids(self.tokenizer, self.job.data.bos, text)
 
     def ends(self) -> frozenset[int]:
-        """Tokens with which the model ends a text."""
-        return frozenset({self.tokenizer.eos_id})
+        """Tokens with which the model ends a text, or its turn in a conversation."""
+        return frozenset(ends_of(self.tokenizer))
 
     def memory(self) -> LaneMemory:
         """What the model's training remembered with, empty."""

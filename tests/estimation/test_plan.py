@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -243,6 +244,18 @@ def test_a_plan_for_people(config: Path, tmp_path: Path):
     assert as_dict(found)["ranked"][0]["fits"]
     draw_plan(found, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes()[:4] == PNG
+
+
+def test_reasons_that_differ_in_numbers_are_said_once(config: Path):
+    from estimation.plan_report import as_dict, text
+
+    refused = Counter({"a.b: 1 of 8 rows": 30, "a.b: 10 of 8 rows": 9, "a.b: 2 of 8 rows": 1, "a.c: 8 rows": 3})
+    found = replace(searched(formula(config, 1)), refused=refused, pruned=Counter({"": 0}))
+    assert [line.strip() for line in text(found).splitlines() if " not legal here" in line] == [
+        "40 not legal here: a.b: 1 to 10 of 8 rows",
+        "3 not legal here: a.c: 8 rows",
+    ]
+    assert as_dict(found)["refused"] == refused  # for programs as it was
 
 
 def test_nothing_fits(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

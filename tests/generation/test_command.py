@@ -63,7 +63,7 @@ def prompts(texts: list[str]) -> list[str]:
 
 def test_one_prompt_is_what_generate_makes_of_it(run: Path) -> None:
     model, tokenizer, _ = loaded = load_pretrained(run, CPU)
-    drawn = generate(model, loaded.prompt("def main("), NEW, Sampling(0.7, 20), 5, CPU, 256, tokenizer.eos_id)
+    drawn = generate(model, loaded.prompt("def main("), NEW, Sampling(0.7, 20), 5, CPU, 256, [tokenizer.eos_id])
     text = tokenizer.decode(list(drawn))
     options = ("--temperature", 0.7, "--top-k", 20, "--seed", 5, "--max-new-tokens", NEW)
     assert printed(run, "--prompt", "def main(", *options) == f"def main({text}\n"
@@ -120,7 +120,7 @@ def test_a_conversation(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch
     said, answers = "[user] hello\n", []
     for line in ("[user] bye\n", ""):
         ids = loaded.tokenizer.encode(said).tolist()
-        made = generate(loaded.model, ids, NEW, Sampling(temperature=0), 0, CPU, 256, loaded.tokenizer.eos_id)
+        made = generate(loaded.model, ids, NEW, Sampling(temperature=0), 0, CPU, 256, loaded.ends())
         answers.append(loaded.tokenizer.decode(list(made)))
         said += f"[assistant] {answers[-1]}\n{line}"
     assert shown == "".join(f"{answer}\n" for answer in answers)

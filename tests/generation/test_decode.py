@@ -46,7 +46,7 @@ def test_same_seed_same_tokens():
 def test_generation_stops_before_the_end_token():
     model = tiny_model()
     full = list(generate(model, [1], 20, Sampling(), 0, CPU, VOCAB))
-    assert list(generate(model, [1], 20, Sampling(), 0, CPU, VOCAB, end=full[7])) == full[: full.index(full[7])]
+    assert list(generate(model, [1], 20, Sampling(), 0, CPU, VOCAB, ends=[full[7]])) == full[: full.index(full[7])]
 
 
 def test_tokens_stay_within_the_tokenizer():

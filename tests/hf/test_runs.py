@@ -28,24 +28,27 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 
 
-def trained(config: Path, *overrides: str) -> None:
-    """A run in a process of its own."""
+def trained(config: Path, *overrides: str) -> str:
+    """A run in a process of its own; what it says."""
     command = [sys.executable, "-m", "titan_lite.train", str(config), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
 
 
 def test_a_trained_model_goes_on_alike_here_and_there(tmp_path: Path) -> None:
     run = tmp_path / "run"
     small = ("--training.steps=6", "--training.seq_len=64", "--validation.enable=false", "--generation.prompts=[]")
     save = ("--checkpoint.async_mode=disabled", "--checkpoint.last_save_in_hf=true")
-    trained(ROOT / "train_configs" / "debug.toml", f"--job.dump_folder={run}", *small, *save)
+    said = trained(ROOT / "train_configs" / "debug.toml", f"--job.dump_folder={run}", *small, *save)
+    assert "hf-step-6" in said
+    assert not any(noise in said for noise in ("torchao", "pytree"))  # which transformers imports
     from transformers import AutoTokenizer
 
     model, tokenizer, job = load_pretrained(run, CPU)
     ids = prompt_ids(tokenizer, job.data.bos, "def main(")
-    ours = list(generate(model, ids, 48, Sampling(temperature=0.0), 0, CPU, tokenizer.vocab_size, tokenizer.eos_id))
+    ours = list(generate(model, ids, 48, Sampling(temperature=0.0), 0, CPU, 256, [tokenizer.eos_id]))
     theirs = AutoTokenizer.from_pretrained(run / "hf-step-6")
     prompt = theirs("def main(", return_tensors="pt")
     assert prompt["input_ids"].tolist() == [ids]

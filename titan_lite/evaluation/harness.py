@@ -40,7 +40,7 @@ class TitanLite(TemplateLM):
     """A checkpoint or Hugging Face folder at `path`, read in windows of `max_length` tokens (default: its training's).
 
     Contexts begin as prompts do; as conversations, they are what the tokenizer's chat template writes, and an answer
-    also ends with what that puts behind one. One process; a document longer than a window is read in windows side by
+    ends with what that puts behind one. One process; a document longer than a window is read in windows side by
     side, as the harness defines it. `seed` is that of sampled answers.
     """
 
@@ -95,7 +95,6 @@ class TitanLite(TemplateLM):
         """The tokenizer's template; whoever asks for it has conversations from then on. ConfigError without one."""
         if self._chat is None:
             self._chat = Chat(self.loaded.tokenizer, CHAT)
-            self.engine = dataclasses.replace(self.engine, ends=self.engine.ends | self._chat.ends())
         return self._chat
 
     @property

@@ -9,7 +9,7 @@ from typing import Any, Final
 from titan_lite.config.errors import KEY_MISSING, ConfigError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.tokenizers.huggingface import HuggingFace
-from titan_lite.hf.export import needs_transformers
+from titan_lite.hf.installed import needs_transformers
 from titan_lite.hf.tokenizer_files import chat_template
 
 Message = dict[str, str]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,6 @@ class Command:
         self.engine = self.pretrained.engine(world.broadcast)
         if options.chat:
             self.chat = Chat(self.tokenizer)
-            self.engine = dataclasses.replace(self.engine, ends=self.engine.ends | self.chat.ends())
         if options.beams or options.ahead:
             self._refuse_one_by_one()
 

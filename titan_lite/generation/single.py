@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,19 +23,18 @@ def generate(
     seed: int,
     device: torch.device,
     vocab_size: int,
-    end: int | None = None,
+    ends: Collection[int] = (),
     agree: Callable[[Any], Any] = alone,
     memory: Decoding | None = None,
     ahead: bool = False,
 ) -> Iterator[int]:
-    """Yields up to `max_new_tokens` sampled tokens, up to but without `end`. Same arguments, same tokens.
+    """Yields up to `max_new_tokens` sampled tokens, up to but without one of `ends`. Same arguments, same tokens.
 
     With a `memory` the text is read in its segments, which see of those before what it shows them. `ahead` lets the
     model's `mtp` guess: see `speculate`. For the other arguments see `Engine`.
     """
     assert memory is None or not ahead, "a memory's segments end where the text does"
-    ends = frozenset() if end is None else frozenset({end})
-    engine = Engine(model, device, vocab_size, ends, agree, no_memory if memory is None else lambda: memory)
+    engine = Engine(model, device, vocab_size, frozenset(ends), agree, no_memory if memory is None else lambda: memory)
     request = Request(prompt, max_new_tokens, seed)
     if ahead:
         return speculate(engine, request, sampling)

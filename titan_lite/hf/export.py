@@ -18,16 +18,18 @@ from titan_lite.checkpoint.folder import find_checkpoint, free_bytes, show_bytes
 from titan_lite.checkpoint.manifest import Manifest, read_manifest
 from titan_lite.checkpoint.manifest import verify as verify_files
 from titan_lite.checkpoint.restore import read_index, read_train_state
-from titan_lite.config.errors import CROSS_FIELD, NOT_HERE, ConfigError, Problem
+from titan_lite.config.errors import CROSS_FIELD, ConfigError, Problem
 from titan_lite.config.load import job_from_toml
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.generation.ends import ends_of
 from titan_lite.hf.background import meanwhile
 from titan_lite.hf.beside import beside
 from titan_lite.hf.card import losses, model_card
 from titan_lite.hf.choose import Unloaded, natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.installed import needs_transformers
 from titan_lite.hf.loaded import Subject
 from titan_lite.hf.reward import SETTINGS, classifier_name
 from titan_lite.hf.rule import Rule
@@ -131,16 +133,6 @@ def export(
     return report
 
 
-def needs_transformers() -> None:
-    """ConfigError where transformers is not installed."""
-    try:
-        import transformers  # noqa: F401
-    except ImportError:
-        why = "is not installed here; it reads and writes the configs of Hugging Face folders"
-        allowed = "titan_lite with its extra `hf`"
-        raise ConfigError.at("transformers", why, allowed=allowed, code=NOT_HERE) from None
-
-
 def open_checkpoint(path: Path) -> Pieces:
     """The newest checkpoint at a path, its tensors compared with its config. Its files are being verified."""
     folder = find_checkpoint(path)
@@ -232,9 +224,9 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     config.dtype = dtype
     config.save_pretrained(folder)
     unused = list(range(tokenizer.vocab_size, opened.shape.vocab_size))
-    generation = GenerationConfig(
-        bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, suppress_tokens=unused or None
-    )
+    first, *others = ends_of(tokenizer)
+    ends = [first, *others] if others else first
+    generation = GenerationConfig(bos_token_id=tokenizer.bos_id, eos_token_id=ends, suppress_tokens=unused or None)
     generation.save_pretrained(folder)
     for name, content in tokenizer_files(tokenizer, opened.begin, opened.shape.context_len, pad).items():
         write_bytes(folder / name, content)

@@ -22,9 +22,11 @@ from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict, to_toml
 from titan_lite.config.toml import toml_text
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.generation.ends import EOS, GENERATION, listed_ends
 from titan_lite.hf.beside import beside
-from titan_lite.hf.export import MODEL_TYPE, check_room, needs_transformers
+from titan_lite.hf.export import MODEL_TYPE, check_room
 from titan_lite.hf.folds import Shape
+from titan_lite.hf.installed import needs_transformers
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.read import Folder, open_folder, our_tensors
 from titan_lite.hf.rule import Rule
@@ -116,17 +118,19 @@ def _must_be_new(out: Path) -> None:
 
 def _tokenizer_files(source: Path) -> dict[str, bytes]:
     found = {name: (source / name).read_bytes() for name in TOKENIZER_FILES if (source / name).is_file()}
+    ends = {GENERATION: (json.dumps({EOS: listed}) + "\n").encode()} if (listed := listed_ends(source)) else {}
     if "tokenizer.json" in found:
-        return found
+        return found | ends
     if (source / PIECES).is_file():
-        return {PIECES: (source / PIECES).read_bytes()}
+        return {PIECES: (source / PIECES).read_bytes()} | ends
     why = f"has no tokenizer.json and no {PIECES}"
     raise ConfigError.at(str(source), why, code=FILE_MISSING)
 
 
 def end_of_text(folder: Folder) -> str:
-    """Number of the end of text as text, where the config has one."""
-    end = folder.settings.get("eos_token_id")
+    """Number of the end of text as text, where the config has one: of several ends the first."""
+    named = folder.settings.get(EOS)
+    end = named[0] if isinstance(named, list) and named else named
     return str(end if isinstance(end, int) else "")
 
 

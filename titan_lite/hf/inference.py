@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -11,33 +11,25 @@ from titan_lite.checkpoint.state import model_tensors
 from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict
 from titan_lite.data.tokenizer import Tokenizer
-from titan_lite.hf.export import needs_transformers
 from titan_lite.hf.fill import fill
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.importer import PIECES, SEQ_LEN, built_tokenizer, end_of_text
+from titan_lite.hf.installed import needs_transformers
 from titan_lite.hf.read import Folder, open_folder, our_tensors
 from titan_lite.hf.shards import common_dtype
-from titan_lite.hf.stored import FolderTensors, read_json
+from titan_lite.hf.stored import FolderTensors
 from titan_lite.hf.tokenizer_files import FILE
 from titan_lite.models.transformer import Transformer
 from titan_lite.parallel.world import World
 from titan_lite.pretrained import Pretrained, empty_model
 
-GENERATION: Final = "generation_config.json"
-
 
 class FromFolder(Pretrained):
-    """Texts begin and end as the folder says, which need not be how training here would have them."""
+    """Texts begin as the folder says, which need not be how training here would have them."""
 
     def prompt(self, text: str) -> list[int]:
         """As transformers' tokenizer encodes it; an empty one begins as every text may."""
         return self.tokenizer.encode_framed(text).tolist() or super().prompt(text)
-
-    def ends(self) -> frozenset[int]:
-        config = Path(self.job.tokenizer.model_dump()["path"]).parent / GENERATION
-        named: Any = read_json(config).get("eos_token_id") if config.is_file() else None
-        listed = named if isinstance(named, list) else [named]
-        return super().ends() | {token for token in listed if isinstance(token, int)}
 
 
 def load_folder(path: Path, device: torch.device, world: World | None = None) -> Pretrained:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -144,7 +145,7 @@ def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> 
     candidates: list[tuple[Source, Source]] = [(loaded, files)]
     if folder.architecture is not None:
         names = folder.architecture.files
-        prefixed = Prefixed(files, _base(folder.architecture))
+        prefixed = Prefixed(files, _base(loaded))
         candidates = [(names.published(loaded), names.loaded(files)), (loaded, files), (loaded, prefixed)]
     expected, source = min(candidates, key=lambda both: len(both[0].meta.keys() - _names(both[1], files)))
     own = source if isinstance(source, Prefixed) else files
@@ -190,11 +191,10 @@ def _names(source: Source, files: Source) -> set[str]:
     return set(source.meta) if isinstance(source, Prefixed) else set(files.meta)
 
 
-def _base(architecture: Architecture) -> str:
+def _base(loaded: Source) -> str:
     """What stands before the names of all tensors but the head's in transformers' model."""
-    import transformers
-
-    return str(getattr(transformers, architecture.class_name).base_model_prefix)
+    first = Counter(name.partition(".")[0] for name in loaded.meta)
+    return first.most_common(1)[0][0]
 
 
 class Prefixed:

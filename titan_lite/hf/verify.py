@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from titan_lite.config.errors import ConfigError
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.generation import Sampling, generate
+from titan_lite.generation.ends import ends_of
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import ByBlock, Loading, Subject, Whole, blocks_of
 from titan_lite.hf.memory import available_memory
 from titan_lite.hf.tokenizer_files import SAMPLES
+from titan_lite.hushed import torchao_hushed
 from titan_lite.models.transformer import Transformer
 
 EXACT: Final = 1e-4
@@ -82,7 +84,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
     available = available_memory()
     fits = available is None or needed <= available
     loading = METHODS[method or (Whole.name if fits else ByBlock.name)]()
-    prompts = fixed_prompts(subject.shape, tokenizer)
+    prompts, ends = fixed_prompts(subject.shape, tokenizer), ends_of(tokenizer)
     of_rewards = None
     problems = list(tokenizer_problems(subject.folder, tokenizer, begin))
     count = loading.new_tokens(subject, _room(subject.shape, NEW_TOKENS))
@@ -93,20 +95,18 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         rewards = _rewards(reference, prompts) if subject.shape.config.head.reward.scores else None
         if not wanted.logits.isfinite().all():
             raise _not_finite(subject)
-        ours = [_continued(reference, start, count, tokenizer) for start in starts]
+        ours = [_continued(reference, start, count, tokenizer, ends) for start in starts]
         del reference
         loaded = loading.theirs(subject)
         rounded = _logits(loaded, prompts)
         otherwise = loading.unround(loaded, subject) + subject.unloaded_otherwise()
         found = _look(loaded, partial(_logits, loaded), prompts)
-        theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
+        theirs = [_continued_there(loaded, start, count, ends) for start in starts]
         different = [
             f"greedy continuations differ from token {at} on"
             for start, mine, other in zip(starts, ours, theirs, strict=True)
             if (at := _parting(mine, other)) is not None
-            and not _is_tie(
-                loaded, start + mine[:at], [*mine, tokenizer.eos_id][at], [*other, tokenizer.eos_id][at], tolerance
-            )
+            and not _is_tie(loaded, start + mine[:at], mine[at : at + 1] or ends, other[at : at + 1] or ends, tolerance)
         ]
         del loaded
         if rewards is not None:
@@ -199,18 +199,20 @@ def _not_finite(subject: Subject) -> ConfigError:
     return ConfigError.at("model", "the checkpoint's logits are no finite numbers")
 
 
-def _continued(model: Transformer, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
-    """The likeliest tokens behind these, up to the end of the text."""
-    greedy, ends = Sampling(temperature=0.0), (tokenizer.vocab_size, tokenizer.eos_id)
-    return list(generate(model, start, count, greedy, 0, torch.device("cpu"), *ends))
+def _continued(
+    model: Transformer, start: list[int], count: int, tokenizer: Tokenizer, ends: Sequence[int]
+) -> list[int]:
+    """The likeliest tokens behind these, up to one of `ends`."""
+    greedy = Sampling(temperature=0.0)
+    return list(generate(model, start, count, greedy, 0, torch.device("cpu"), tokenizer.vocab_size, ends))
 
 
-def _continued_there(loaded: Any, start: list[int], count: int, tokenizer: Tokenizer) -> list[int]:
-    """The same by transformers."""
+def _continued_there(loaded: Any, start: list[int], count: int, ends: Sequence[int]) -> list[int]:
+    """The same by transformers, which ends where the folder says."""
     tokens = torch.tensor([start])
     options = {"attention_mask": torch.ones_like(tokens), "max_new_tokens": count, "do_sample": False}
     made: list[int] = loaded.generate(tokens, **options)[0, len(start) :].tolist()
-    return made[: made.index(tokenizer.eos_id)] if tokenizer.eos_id in made else made
+    return made[: next((at for at, token in enumerate(made) if token in ends), len(made))]
 
 
 def _parting(one: list[int], other: list[int]) -> int | None:
@@ -221,10 +223,10 @@ def _parting(one: list[int], other: list[int]) -> int | None:
     return next((i for i in range(shorter) if one[i] != other[i]), shorter)
 
 
-def _is_tie(loaded: Any, text: list[int], one: int, other: int, tolerance: float) -> bool:
-    """Whether both tokens may follow the text, up to rounding."""
+def _is_tie(loaded: Any, text: list[int], one: Sequence[int], other: Sequence[int], tolerance: float) -> bool:
+    """Whether the likeliest of both groups of tokens may follow the text, up to rounding."""
     logits = loaded(torch.tensor([text])).logits[0, -1].float()
-    return bool((logits[one] - logits[other]).abs() <= 2 * tolerance)
+    return bool((logits[list(one)].max() - logits[list(other)].max()).abs() <= 2 * tolerance)
 
 
 def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) -> Iterator[str]:
@@ -246,14 +248,15 @@ def tokenizer_problems(folder: Path, tokenizer: Tokenizer, begin: int | None) ->
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without its progress bars and reports, which belong to other programs."""
+    """Without its progress bars and reports, which belong to other programs, and torchao's, which it imports."""
     from transformers.utils import logging as theirs
 
     level, bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
     theirs.set_verbosity(logging.ERROR)
     theirs.disable_progress_bar()
     try:
-        yield
+        with torchao_hushed():
+            yield
     finally:
         theirs.set_verbosity(level)
         if bars:

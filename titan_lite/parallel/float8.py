@@ -5,7 +5,6 @@ Weights, their gradients and the optimizer's state stay in the precision they ha
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from titan_lite.hushed import torchao_hushed
 from titan_lite.parallel.quantize import FLOAT8, MX, MX_BLOCK, Float8Linear, MXLinear
 from titan_lite.parallel.world import World
 from titan_lite.run.logging import logger
@@ -53,8 +53,8 @@ def _both(classes: tuple[type[nn.Linear], ...]) -> type[nn.Linear]:
 
 
 def _float8(job: Job, world: World) -> Convert:
-    import_quietly()
-    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    with torchao_hushed():
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     settings = job.quantize.linear.float8
     config = replace(
@@ -109,14 +109,14 @@ class MXProduct(nn.Linear):
 
 
 def _mx(job: Job, world: World) -> Convert:
-    import_quietly()
-    from torchao.prototype.moe_training import mxfp8_linear
-    from torchao.prototype.mx_formats.config import (
-        MXFP8Dim0CastKernelChoice,
-        MXFP8Dim1CastKernelChoice,
-        ScaleCalculationMode,
-    )
-    from torchao.quantization.quantize_.common import KernelPreference
+    with torchao_hushed():
+        from torchao.prototype.moe_training import mxfp8_linear
+        from torchao.prototype.mx_formats.config import (
+            MXFP8Dim0CastKernelChoice,
+            MXFP8Dim1CastKernelChoice,
+            ScaleCalculationMode,
+        )
+        from torchao.quantization.quantize_.common import KernelPreference
 
     settings = job.quantize.linear.mx
     emulated = settings.recipe_name == "mxfp8_emulated"
@@ -142,14 +142,3 @@ def _mx(job: Job, world: World) -> Convert:
         return converted
 
     return convert
-
-
-def import_quietly() -> None:
-    """Imports torchao without its warnings about kernels that were built for another machine."""
-    log: Any = logging.getLogger("torchao")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        import torchao.float8  # noqa: F401
-    finally:
-        log.setLevel(level)

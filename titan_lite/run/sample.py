@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from titan_lite.config.errors import ConfigError
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.generation import Sampling, generate
+from titan_lite.generation.ends import ends_of
 from titan_lite.generation.text import visible
 from titan_lite.parallel.fsdp import evaluating
 
@@ -33,7 +34,7 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
                 config.seed,
                 training.world.device,
                 tokenizer.vocab_size,
-                tokenizer.eos_id,
+                ends_of(tokenizer),
                 training.world.broadcast,
                 training.decoding(),
             )
