@@ -57,7 +57,9 @@ del PLAIN["training.dtype"]  # what is at rest, a checkpoint does not cast
 def model_factors() -> dict[str, Factor]:
     """What a model can be made of, and its width: a quarter of which float8 still takes, for four ranks."""
     dim = Factor("model.dim", ("model", "dim"), "", (Level("64", DIM, frozenset()),), frozenset())
-    return factors() | _width_within("model.ffn") | {dim.key: dim}
+    # These jobs minimise the loss of the next token, which has nothing to do with a reward head (tests/objectives).
+    found = {key: factor for key, factor in factors().items() if not key.startswith("model.head.reward")}
+    return found | _width_within("model.ffn") | {dim.key: dim}
 
 
 def _width_within(slot: str) -> dict[str, Factor]:

@@ -55,7 +55,7 @@ def test_a_model_that_has_learned_saves_forwards(kind: str):
         assert (tokens, forwards) == (expected, N)
         fewest = min(fewest, fewer)
         end = expected[9]
-        assert decoded(model, [start, 5], ahead=True, end=end)[0] == expected[: expected.index(end)]
+        assert decoded(model, [start, 5], ahead=True, ends=[end])[0] == expected[: expected.index(end)]
     assert fewest <= N // 2
 
 
