@@ -41,6 +41,11 @@ DROPOUT = {"model": {"residual": {"type": "pre", "dropout": 0.1}}}
 ALIBI = {"model": {"attention": {"position": {"type": "alibi"}}}}
 POST = {"model": {"residual": {"type": "post"}, "norm": {"type": "layernorm"}}}
 EAGER = {"model": {"attention": {"kernel": "eager"}}}
+REWARD = {
+    "model": {"head": {"reward": {"type": "linear"}}},
+    "objective": {"type": "reward"},
+    "data": {"source": {"type": "pairs", "path": "pairs.jsonl"}},
+}
 
 ALONE = {
     "plain": [],
@@ -54,6 +59,7 @@ ALONE = {
     "shared": [SHARED, FULL],
     "memory": [XL],
     "experts": [EXPERTS],
+    "rewards": [REWARD, FULL],
 }
 # Not accumulating: of many collectives in a row gloo's threads nearly always hold one more (see judge.py).
 SEVERAL = {
@@ -64,6 +70,7 @@ SEVERAL = {
     "replicas": [DDP, FULL],
     "tensor parallel": [TP],
     "tensor parallel, op": [TP, OP, CHUNKED],
+    "rewards": [TP, REWARD],
     "shared": [SHARED],
     "experts over ranks": [EXPERTS, SPREAD],
 }
