@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.runs import VOCAB, build_tiny, full
@@ -247,6 +248,7 @@ def test_a_rule_is_learned_and_found_in_pairs_never_seen(tmp_path: Path) -> None
         "optimizer": {"lr": 1e-2},
         "lr_scheduler": {"warmup_steps": 5},
         "metrics": {"log_freq": 40},
+        "checkpoint": {"enable": True, "interval": 20},
     }
     job = job_from_dict(tables)
     assert Trainer(job, StopFlag()).run() == 0
@@ -258,6 +260,21 @@ def test_a_rule_is_learned_and_found_in_pairs_never_seen(tmp_path: Path) -> None
     assert least <= after["validation_reward_loss"] < least + 0.1
     (last,) = (line for line in lines if line["step"] == 40 and "loss" in line)
     assert last["head.reward.accuracy"] > 0.95
+    whole = weights_at(tmp_path / "run", 40)
+    again = job_from_dict(tables | {"checkpoint": {"enable": True, "interval": 20, "load_step": 20}})
+    assert Trainer(again, StopFlag()).run() == 0
+    resumed = weights_at(tmp_path / "run", 40)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+
+
+def weights_at(run: Path, step: int) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds, optimizer states too."""
+    return {
+        name: t
+        for file in (run / "checkpoint" / f"step-{step}").glob("*.safetensors")
+        for name, t in load_file(file).items()
+    }
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
