@@ -53,11 +53,9 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(name: str, pool2: WorkerPool, pool4: WorkerPool) -> None:
     ranks, parallelism, ffn, more = CASES[name]
-    model = {"ffn": ffn}
-    one = twins.steps(tables(model=model))
-    pool = {2: pool2, 4: pool4}[ranks]
-    for several in pool.run(twins.steps, tables(model=model, parallelism=parallelism, **more), timeout=200):
-        assert not twins.differences(one, several)
+    case = twins.Case(ranks, parallelism, {"model": {"ffn": ffn}}, more)
+    several = tables(**case.sections, parallelism=parallelism)
+    twins.assert_equals_one_process(case, tables(**case.both), several, pool2, pool4)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,6 @@ from tests.distributed.pool import WorkerPool
 from tests.parallel import twins
 from tests.parallel.test_tensor import GAINS, LATENT, MOE, NGPT, tables
 from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
-from titan_lite.generation import Sampling, generate
-from titan_lite.parallel.fsdp import evaluating
 from titan_lite.parallel.pipeline import run
 from titan_lite.step import metrics
 
@@ -104,12 +102,8 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(name: str, pool2: WorkerPool, pool4: WorkerPool) -> None:
-    ranks, parallelism, both, more = CASES[name]
-    one = twins.steps(alone(**both))
-    sections = {key: both.get(key, {}) | more.get(key, {}) for key in both | more}
-    pool = {2: pool2, 4: pool4}[ranks]
-    for several in pool.run(twins.steps, piped(parallelism, **sections), timeout=200):
-        assert not twins.differences(one, several)
+    case = twins.Case(*CASES[name])
+    twins.assert_equals_one_process(case, alone(**case.both), piped(case.parallelism, **case.sections), pool2, pool4)
 
 
 def test_a_schedule_from_a_file(pool2: WorkerPool, tmp_path: Path) -> None:
@@ -127,24 +121,10 @@ def test_a_schedule_from_a_file(pool2: WorkerPool, tmp_path: Path) -> None:
 # ---- what is not training
 
 
-def continuation(sections: dict[str, Any], n: int) -> tuple[float, list[int]]:
-    """The validation loss of some rows, and sampled tokens."""
-    training = twins.built(sections)
-    rows = twins.share(training, 0)
-    with evaluating(training.model):
-        loss = training.validation_objective(training.model, rows.tokens, rows.targets, rows.documents)
-        agree = training.world.broadcast
-        drawn = generate(training.model, [1, 2, 3], n, Sampling(), 0, twins.CPU, twins.VOCAB, agree=agree)
-        tokens = list(drawn)
-    return training.world.total_tensor(loss).item(), tokens
-
-
 @pytest.mark.parametrize("parallelism", [INTERLEAVED, ZBV])
 def test_validation_and_sampling(pool4: WorkerPool, parallelism: dict[str, Any]) -> None:
     model = {"attention": {"value_mix": "residual"}}
-    loss, tokens = continuation(alone(model=model), 5)
-    for other in pool4.run(continuation, piped(parallelism | TP, model=model), 5, timeout=200):
-        assert other == (pytest.approx(loss, rel=1e-6), tokens)
+    twins.assert_continues_alike(alone(model=model), piped(parallelism | TP, model=model), pool4)
 
 
 def told(sections: dict[str, Any]) -> dict[str, float]:

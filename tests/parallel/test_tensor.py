@@ -14,10 +14,8 @@ from tests.distributed.pool import WorkerPool
 from tests.parallel import twins
 from tests.runs import full
 from titan_lite.checkpoint.state import materialize_optimizer_state, model_tensors, optimizer_tensors
-from titan_lite.generation import Sampling, generate
 from titan_lite.models.dropout import Draw
 from titan_lite.parallel import tensor
-from titan_lite.parallel.fsdp import evaluating
 
 TP2 = {"tensor_parallel_degree": 2}
 TP4 = {"tensor_parallel_degree": 4}
@@ -131,12 +129,10 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", CASES)
 def test_equals_one_process(name: str, pool2: WorkerPool, pool4: WorkerPool) -> None:
-    ranks, parallelism, both, more = CASES[name]
-    one = twins.steps(tables(**both))
-    sections = {key: both.get(key, {}) | more.get(key, {}) for key in both | more}
-    pool = {2: pool2, 4: pool4}[ranks]
-    for several in pool.run(twins.steps, tables(**sections, parallelism=parallelism), timeout=200):
-        assert not twins.differences(one, several)
+    case = twins.Case(*CASES[name])
+    twins.assert_equals_one_process(
+        case, tables(**case.both), tables(**case.sections, parallelism=case.parallelism), pool2, pool4
+    )
 
 
 def test_parameters_of_two_dtypes(pool2: WorkerPool, pool4: WorkerPool) -> None:
@@ -151,25 +147,8 @@ def test_parameters_of_two_dtypes(pool2: WorkerPool, pool4: WorkerPool) -> None:
 # ---- what is not training
 
 
-def continuation(sections: dict[str, Any], n: int) -> tuple[float, list[int], torch.Tensor]:
-    """The validation loss of some rows, sampled tokens, and the logits of a text of odd length."""
-    training = twins.built(sections)
-    rows = twins.share(training, 0)
-    with evaluating(training.model):
-        loss = training.validation_objective(training.model, rows.tokens, rows.targets, rows.documents)
-        agree = training.world.broadcast
-        drawn = generate(training.model, [1, 2, 3], n, Sampling(), 0, twins.CPU, twins.VOCAB, agree=agree)
-        tokens = list(drawn)
-        logits = training.model(torch.tensor([[1, 2, 3, 4, 5]]))
-    return training.world.total(loss.item())[0], tokens, logits
-
-
 def test_validation_and_sampling(pool4: WorkerPool) -> None:
-    loss, tokens, logits = continuation(tables(model=GAINS), 5)
-    for other in pool4.run(continuation, tables(model=GAINS, parallelism=TP2), 5, timeout=200):
-        assert other[0] == pytest.approx(loss, rel=1e-6)
-        assert other[1] == tokens
-        torch.testing.assert_close(other[2], logits, rtol=1e-5, atol=1e-5)
+    twins.assert_continues_alike(tables(model=GAINS), tables(model=GAINS, parallelism=TP2), pool4)
 
 
 # ---- checkpoints

@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tests.distributed.pool import WorkerPool
 from tests.runs import CPU, full
 from titan_lite.config.load import job_from_dict
+from titan_lite.generation import Sampling, generate
 from titan_lite.optim.host import HostStates
+from titan_lite.parallel.fsdp import evaluating
 from titan_lite.parallel.precision import Precision
 from titan_lite.parallel.world import World
 from titan_lite.run.calibrate import calibrate
@@ -22,7 +26,9 @@ from titan_lite.step import MicroBatch, StepTensors, Training, build, step
 
 ROWS, T, VOCAB = 8, 16, 256
 RTOL = 1e-5
-"""fp32: losses and gradient norms."""
+"""fp32: losses and gradient norms; logits of about one unit."""
+CONTINUED_RTOL = 1e-6
+"""fp32: the validation loss."""
 GRADIENT_RTOL = 1e-4
 """fp32: |difference| / |gradient| of each tensor, and the same of weights."""
 RATE, MOMENTUM = 0.02, 0.5
@@ -73,6 +79,54 @@ def micro_batches(training: Training, index: int, size: int = ROWS) -> list[Micr
 def split(rows: MicroBatch, size: int) -> list[MicroBatch]:
     """`size` of them at a time."""
     return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in rows), strict=True)]
+
+
+def continuation(tables: dict[str, Any], n: int = 5) -> tuple[float, list[int], Tensor]:
+    """What is not training: the validation loss of some rows, sampled tokens, and the logits of a text of odd length,
+    which of a pipeline the last stage has.
+    """
+    training = built(tables)
+    rows, model = share(training, 0), training.model
+    with evaluating(model):
+        loss = training.validation_objective(model, rows.tokens, rows.targets, rows.documents)
+        agree = training.world.broadcast
+        tokens = list(generate(model, [1, 2, 3], n, Sampling(), 0, CPU, VOCAB, agree=agree))
+        logits = model(torch.tensor([[1, 2, 3, 4, 5]]))
+    return training.world.total_tensor(loss).item(), tokens, logits
+
+
+def assert_continues_alike(one: dict[str, Any], several: dict[str, Any], pool: WorkerPool) -> None:
+    """Validation and sampling of a job in one process and over the ranks of a pool."""
+    loss, tokens, logits = continuation(one)
+    found = pool.run(continuation, several, timeout=200)
+    for other in found:
+        assert other[0] == pytest.approx(loss, rel=CONTINUED_RTOL)
+        assert other[1] == tokens
+        if other[2].any():  # of a pipeline only the last stage has them
+            torch.testing.assert_close(other[2], logits, rtol=RTOL, atol=RTOL)
+    assert any(other[2].any() for other in found)
+
+
+class Case(NamedTuple):
+    """A job to compare: over how many ranks, how they share it, what both runs have, what only the parallel one has."""
+
+    ranks: int
+    parallelism: dict[str, Any]
+    both: dict[str, Any]
+    more: dict[str, Any]
+
+    @property
+    def sections(self) -> dict[str, Any]:
+        """Of the parallel run."""
+        return {key: self.both.get(key, {}) | self.more.get(key, {}) for key in self.both | self.more}
+
+
+def assert_equals_one_process(case: Case, one: dict[str, Any], several: dict[str, Any], *pools: WorkerPool) -> None:
+    """The first steps of a case's job in one process and over that one of the pools that has its ranks."""
+    (pool,) = (pool for pool in pools if pool.n == case.ranks)
+    expected = steps(one)
+    for found in pool.run(steps, several, timeout=200):
+        assert not differences(expected, found)
 
 
 class _Batches:
