@@ -12,7 +12,7 @@ from torch import Tensor
 from tests import runs
 from tests.distributed.pool import WorkerPool
 from tests.parallel import twins
-from tests.parallel.test_tensor import continuation, go_on, shards, tables
+from tests.parallel.test_tensor import go_on, shards, tables
 from titan_lite.models.ffn.moe import MoE
 from titan_lite.parallel import apply, expert, tensor
 
@@ -115,21 +115,19 @@ def test_balanced_routing(pool4: WorkerPool) -> None:
 # ---- what is not training
 
 
-@pytest.mark.parametrize("ffn", [FULL, PEER], ids=["moe", "peer"])
-def test_validation_and_sampling(ffn: dict[str, Any], pool4: WorkerPool) -> None:
-    loss, tokens, logits = continuation(tables(model={"ffn": ffn}), 5)
-    for other in pool4.run(continuation, tables(model={"ffn": ffn}, parallelism=EP4 | TP2), 5, timeout=200):
-        assert other[0] == pytest.approx(loss, rel=1e-6)
-        assert other[1] == tokens
-        torch.testing.assert_close(other[2], logits, rtol=1e-5, atol=1e-5)
+CONTINUED: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+    # name: experts, parallelism, tokens
+    "moe": (FULL, EP4 | TP2, 5),
+    "peer": (PEER, EP4 | TP2, 5),
+    "split experts": (CLAMPED, EP2 | ETP2, 3),
+}
 
 
-def test_sampling_with_split_experts(pool4: WorkerPool) -> None:
-    loss, tokens, logits = continuation(tables(model={"ffn": CLAMPED}), 3)
-    for other in pool4.run(continuation, tables(model={"ffn": CLAMPED}, parallelism=EP2 | ETP2), 3, timeout=200):
-        assert other[0] == pytest.approx(loss, rel=1e-6)
-        assert other[1] == tokens
-        torch.testing.assert_close(other[2], logits, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("name", CONTINUED)
+def test_validation_and_sampling(name: str, pool4: WorkerPool) -> None:
+    ffn, parallelism, n = CONTINUED[name]
+    model = {"ffn": ffn}
+    twins.assert_continues_alike(tables(model=model), tables(model=model, parallelism=parallelism), pool4, n)
 
 
 # ---- checkpoints

@@ -81,7 +81,7 @@ def split(rows: MicroBatch, size: int) -> list[MicroBatch]:
     return [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in rows), strict=True)]
 
 
-def continuation(tables: dict[str, Any], n: int = 5) -> tuple[float, list[int], Tensor]:
+def continuation(tables: dict[str, Any], n: int) -> tuple[float, list[int], Tensor]:
     """What is not training: the validation loss of some rows, sampled tokens, and the logits of a text of odd length,
     which of a pipeline the last stage has.
     """
@@ -95,10 +95,10 @@ def continuation(tables: dict[str, Any], n: int = 5) -> tuple[float, list[int], 
     return training.world.total_tensor(loss).item(), tokens, logits
 
 
-def assert_continues_alike(one: dict[str, Any], several: dict[str, Any], pool: WorkerPool) -> None:
+def assert_continues_alike(one: dict[str, Any], several: dict[str, Any], pool: WorkerPool, n: int = 5) -> None:
     """Validation and sampling of a job in one process and over the ranks of a pool."""
-    loss, tokens, logits = continuation(one)
-    found = pool.run(continuation, several, timeout=200)
+    loss, tokens, logits = continuation(one, n)
+    found = pool.run(continuation, several, n, timeout=200)
     for other in found:
         assert other[0] == pytest.approx(loss, rel=CONTINUED_RTOL)
         assert other[1] == tokens
