@@ -206,6 +206,9 @@ def test_copies_of_embedding_and_head(published: Path, tmp_path: Path, caplog: p
     assert depth == DEPTH
     for text in (comments, told):
         assert f"{copies[1]} is left out: it is not lm_head.weight, which is used in its place" in text
+    caplog.clear()
+    opened(other, load_pretrained(published, CPU).job.model, compares=False)  # as all ranks of a run but the first
+    assert caplog.messages == []
 
 
 def test_a_tensor_that_is_missing_is_named(published: Path, tmp_path: Path) -> None:

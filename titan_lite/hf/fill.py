@@ -23,10 +23,10 @@ REWARD: Final = "head.reward"
 """What a folder may lack."""
 
 
-def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> Source:
+def opened(path: Path, model: Transformer.Config, quantized: bool = False, compares: bool = True) -> Source:
     """The folder's weights as those of this very model. ConfigError where it holds another one, or is damaged.
 
-    Weights in float8 are recognised; `quantized` asks for them.
+    Weights in float8 are recognised; `quantized` asks for them. For `compares` see `our_tensors`.
     """
     if not path.is_dir():
         raise ConfigError.at("checkpoint.initial_load_path", "is no folder", str(path), code=FILE_MISSING)
@@ -37,7 +37,8 @@ def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> So
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
     there = _with_reward_head(model, folder.tables)
-    return our_tensors(folder, Shape.of(there, folder.tables["vocab_size"], folder.context_len)).tensors
+    shape = Shape.of(there, folder.tables["vocab_size"], folder.context_len)
+    return our_tensors(folder, shape, compares).tensors
 
 
 def _with_reward_head(model: Transformer.Config, tables: Tables) -> Transformer.Config:

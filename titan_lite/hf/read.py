@@ -98,9 +98,10 @@ class Weights(NamedTuple):
     """What of the files they do not have, in words; a warning has told of each."""
 
 
-def our_tensors(folder: Folder, shape: Shape) -> Weights:
+def our_tensors(folder: Folder, shape: Shape, compares: bool = True) -> Weights:
     """The folder's weights as those of our model. ConfigError names every tensor that is missing, or too many.
 
+    `compares`: copies of other tensors are read, to tell of those that are none; of several ranks one is enough.
     Weights keep their type; those that are changed by a number become float64, so that nothing is lost.
     """
     if folder.architecture is None:
@@ -108,7 +109,7 @@ def our_tensors(folder: Folder, shape: Shape) -> Weights:
     else:
         rules = folder.architecture.rules(shape.config) + folder.architecture.beside(shape.config)
     files = stored_weights(folder.path, folder.block)
-    source, left_out = _renamed(folder, files, rules, shape)
+    source, left_out = _renamed(folder, files, rules, shape, compares)
     for text in left_out:
         log.warning("%s: %s", folder.path, text)
     made = {name for rule in rules for name in rule.ours}
@@ -138,7 +139,9 @@ def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
         yield Problem(CROSS_FIELD, key, why, value, show(other))
 
 
-def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> tuple[Source, tuple[str, ...]]:
+def _renamed(
+    folder: Folder, files: Source, rules: list[Rule], shape: Shape, compares: bool
+) -> tuple[Source, tuple[str, ...]]:
     """The folder's tensors under the names of transformers' modules, all there and of the right shapes; what is left
     out, in words."""
     loaded = Image(rules, Meta(shape.meta))
@@ -155,7 +158,7 @@ def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> 
         raise ConfigError(problems)
     if shape.config.head.tied:
         _same_head(folder, own, copies)
-    return source, tuple(_told(own, unread, copies))
+    return source, tuple(_told(own, unread, copies if compares else {}))
 
 
 def _unread(
