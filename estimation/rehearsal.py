@@ -342,10 +342,11 @@ def _batches(job: Job, sizes: Sequence[int]) -> list[MicroBatch]:
 def _groups(world: FakeWorld) -> dict[str, str]:
     found: dict[str, str] = {}
     for mesh in (world.mesh, world.second_mesh, *world.expert_meshes):
-        for axis in () if mesh is None else mesh.mesh_dim_names or ():
+        axes = () if mesh is None else mesh.mesh_dim_names or ()
+        for axis in axes:
             assert mesh is not None
             found[mesh.get_group(axis).group_name] = axis
-        if mesh is not None and world.cp_size > 1:
+        if mesh is not None and "cp" in axes:  # a mesh of experts has none
             found[mesh[SHARDS].get_group().group_name] = "dp_shard+cp"
     return found
 

@@ -158,6 +158,15 @@ def test_keys_and_values_that_are_passed_round():
     assert found.communication["dp_shard+cp"].nbytes > 0
 
 
+def test_rows_and_experts_on_the_same_ranks():
+    """Of two times two ranks each has half of a row and half of the experts; what is not spread is sharded over all."""
+    moe = {"type": "moe", "n_experts": 4, "top_k": 2, "experts": {"hidden": 16}}
+    job = tables(1, parallelism={"context_parallel_degree": 2, "expert_parallel_degree": 2})
+    job["model"]["ffn"] = moe
+    found = compute_of(rehearsed(job, 4), device_of("h100-80gb"), Assumptions())
+    assert found.communication.keys() == {"cp", "dp_shard+cp", "ep", "dp_shard_mod_ep"}
+
+
 @pytest.mark.parametrize("more", [{}, {"context_parallel_rotate_method": "alltoall"}], ids=["gathered", "passed on"])
 def test_rings_do_as_many_scores_as_one_rank(more: dict[str, str]):
     """Both leave out what the causal mask hides: half of a row, and the diagonal."""
