@@ -23,7 +23,7 @@ ZBV = PP | {"pipeline_parallel_schedule": "ZBVZeroBubble"}
 INTERLEAVED = PP | {"pipeline_parallel_schedule": "Interleaved1F1B"}
 VALUES = {"attention": {"value_mix": "residual"}}
 TIED = {"head": {"tied": True}}
-AHEAD = {"mtp": {"type": "modules", "depth": 2}}
+AHEAD = {"mtp": {"type": "modules", "depth": 2, "reads": "normed"}}
 
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     # name: parallelism, model

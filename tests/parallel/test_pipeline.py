@@ -92,7 +92,12 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "x ddp": (4, DDP, {}, HALF),
     "x tp": (4, TP | ZBV, {"model": GAINS}, {}),
     "x tp, values of the first layer": (4, TP | INTERLEAVED, {"model": {"attention": {"value_mix": "residual"}}}, {}),
-    "x tp, modules of further tokens": (4, TP, {"model": {"mtp": {"type": "modules", "depth": 2}}}, {}),
+    "x tp, modules of further tokens": (
+        4,
+        TP,
+        {"model": {"mtp": {"type": "modules", "depth": 2, "reads": "normed"}}},
+        {},
+    ),
 }
 
 

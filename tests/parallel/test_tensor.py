@@ -79,7 +79,7 @@ CASES: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "experts of one sum, on fsdp x tp": (4, TP2, {"model": {"ffn": MOE["ffn"] | {"balance": ["sequence"]}}}, {}),
     "latent attention": (4, TP2, {"model": {"attention": LATENT, "final_norm": "layernorm"}}, {}),
     "latent queries": (2, TP2, {"model": {"attention": LATENT | {"q_rank": 12}}}, {}),
-    "modules of further tokens": (4, TP2, {"model": {"mtp": {"type": "modules", "depth": 2}}}, {}),
+    "modules of further tokens": (4, TP2, {"model": {"mtp": {"type": "modules", "depth": 2, "reads": "normed"}}}, {}),
     "heads of further tokens": (
         2,
         TP2,

@@ -65,7 +65,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "heads": {"mtp": {"type": "heads", "depth": 2}},
     "modules": {"mtp": {"type": "modules", "depth": 3}, "embedding": LEARNED},
     "mixed values": {
-        "mtp": {"type": "modules", "depth": 2},
+        "mtp": {"type": "modules", "depth": 2, "reads": "normed"},
         "attention": {"n_heads": 4, "value_mix": "residual", "masks": WINDOW},
     },
     "recurrent": {
@@ -90,10 +90,11 @@ def test_wrong_guesses_change_nothing(name: str, temperature: float):
     assert forwards <= N
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "normed"])
 def test_modules_guess_what_they_were_trained_to(kind: str):
     """Guesses are those of the training's forward at the same position, however the text was cut before."""
-    model = tiny_model(init={"type": "normal", "std": 0.3}, mtp={"type": kind, "depth": 3}, embedding=LEARNED)
+    mtp = {"type": "modules", "reads": "normed"} if kind == "normed" else {"type": kind}
+    model = tiny_model(init={"type": "normal", "std": 0.3}, mtp={**mtp, "depth": 3}, embedding=LEARNED)
     seen: list[list[int]] = []
     make = model.mtp.drafts
 

@@ -27,11 +27,15 @@ ATOL = 1e-6
 """fp32, three layers, two predictions: gradients of up to about one unit."""
 B, T, DEPTH, WEIGHT = 3, 11, 2, 0.7
 KINDS = ["modules", "heads"]
+NORMED = {"type": "modules", "reads": "normed"}
+READERS = [*KINDS, "normed"]
+"""Those, and modules that read what the head gets."""
 LOGITS = {"logit_scale": "learned", "logit_cap": {"type": "tanh", "cap": 3.0}, "bias": True}
 
 
 def table(kind: str) -> dict[str, Any]:
-    return {"type": kind, "depth": DEPTH, "weight": WEIGHT} if kind != "none" else {}
+    choice = NORMED if kind == "normed" else {"type": kind}
+    return {**choice, "depth": DEPTH, "weight": WEIGHT} if kind != "none" else {}
 
 
 def model_with(kind: str, **changes: Any) -> Transformer:
@@ -101,20 +105,23 @@ def by_hand(model: Transformer, kind: str, z_loss: float = 0.0) -> tuple[list[Te
     losses = [loss(model.norm(x), 0)]
     for k in range(1, DEPTH + 1):
         part = model.mtp.predictors[str(k)]
-        if kind == "modules":
-            normed = [F.rms_norm(x[:, : T - k], (32,), eps=1e-5), F.rms_norm(e[:, k:], (32,), eps=1e-5)]
-            normed = [h * norm.weight for h, norm in zip(normed, (part.hidden_norm, part.token_norm), strict=True)]
-            x = through([part.block], torch.cat(normed, dim=-1) @ part.join.weight.t())
-            losses.append(loss(F.rms_norm(x, (32,), eps=1e-5) * part.norm.weight, k))
-        else:
+        if kind == "heads":
             losses.append(loss(model.norm(through([part], trunk)), k))
-    share = WEIGHT / DEPTH if kind == "modules" else WEIGHT
+            continue
+        if kind == "normed":
+            last = model.norm if k == 1 else model.mtp.predictors[str(k - 1)].norm
+            x = F.rms_norm(x, (32,), eps=1e-5) * last.weight
+        normed = [F.rms_norm(x[:, : T - k], (32,), eps=1e-5), F.rms_norm(e[:, k:], (32,), eps=1e-5)]
+        normed = [h * norm.weight for h, norm in zip(normed, (part.hidden_norm, part.token_norm), strict=True)]
+        x = through([part.block], torch.cat(normed, dim=-1) @ part.join.weight.t())
+        losses.append(loss(F.rms_norm(x, (32,), eps=1e-5) * part.norm.weight, k))
+    share = WEIGHT if kind == "heads" else WEIGHT / DEPTH
     return losses, gradients_of(model, losses[0] + share * sum(losses[1:]))
 
 
 @pytest.mark.parametrize("masks", [["causal"], ["causal", "document"]])
 @pytest.mark.parametrize("chunk", [0, 7, B * T])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READERS)
 def test_losses_and_gradients_are_those_of_the_formula(kind: str, chunk: int, masks: list[str]):
     changes = {"attention": {"n_heads": 4, "n_kv_heads": 2, "masks": masks}, "head": LOGITS}
     model = model_with(kind, **changes)
@@ -167,7 +174,7 @@ def states_of(model: Transformer, tokens: Tensor) -> list[Tensor]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", READERS)
 @torch.no_grad()
 def test_a_position_sees_only_what_is_before_its_target(kind: str):
     """The module k at position i reads tokens up to i + k, and the last of them; heads read none behind i."""
@@ -178,7 +185,7 @@ def test_a_position_sees_only_what_is_before_its_target(kind: str):
     before, after = states_of(model, tokens), states_of(model, other)
     assert len(before) == 1 + DEPTH
     for k in range(1 + DEPTH):
-        ahead = k if kind == "modules" else 0
+        ahead = 0 if kind == "heads" else k
         # Where there is no target, modules read the row's first tokens.
         moved = (before[k] != after[k])[:, : T - k].any(-1)
         assert not moved[:, : changed - ahead].any(), f"prediction {k}"
@@ -271,4 +278,6 @@ def test_refusals_name_both_keys(name: str):
 
 def test_its_weight_is_no_part_of_what_a_model_is():
     identities = [tiny_config(mtp={"type": "modules", **more}).identity() for more in ({}, {"weight": 0.1})]
-    assert identities[0] == identities[1] != tiny_config(mtp={"type": "modules", "depth": 2}).identity()
+    assert identities[0] == identities[1]
+    for more in ({"depth": 2}, {"reads": "normed"}):
+        assert tiny_config(mtp={"type": "modules", **more}).identity() != identities[0]

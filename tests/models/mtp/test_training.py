@@ -40,7 +40,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "ngpt": {"name": "ngpt", "flavor": "debugmodel", "mtp": "heads"},
     "mixed values": {
-        "mtp": {"type": "modules", "depth": 2},
+        "mtp": {"type": "modules", "depth": 2, "reads": "normed"},
         "attention": {"n_heads": 4, "n_kv_heads": 2, "value_mix": "residual", "masks": ["causal", "document"]},
     },
 }

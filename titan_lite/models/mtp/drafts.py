@@ -19,6 +19,10 @@ Further: TypeAlias = Callable[[Tensor, Streams, Callable[[Tensor], Tensor], Cont
 """(embedded tokens, what the stack made, the final norm, context) -> states for the head beside the last ones."""
 
 
+Read: TypeAlias = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
+"""(the stream (B, T, D), the norm between it and the head) -> what the next module reads of it."""
+
+
 def nothing_further(*_: Any) -> Sequence[Tensor]:
     """Only the next token."""
     return ()
@@ -81,43 +85,50 @@ class ModuleDrafts(Drafts):
     A module's keys and states stand for good only where the token k ahead of them does; the others are made anew.
     """
 
-    def __init__(self, model: Transformer, vocab_size: int, prompt: Sequence[int], new_cache: Callable[[], Cache]):
-        self.model, self.vocab_size = model, vocab_size
+    def __init__(
+        self,
+        model: Transformer,
+        vocab_size: int,
+        prompt: Sequence[int],
+        new_cache: Callable[[], Cache],
+        read: Read,
+    ):
+        self.model, self.vocab_size, self.read = model, vocab_size, read
         self.tokens = list(prompt)
         self.caches = [new_cache() for _ in range(model.mtp.depth)]
         self.states: list[Tensor | None] = [None] * (1 + model.mtp.depth)
-        """Of the stack and of each module, (1, n, D): those that stand."""
+        """What the next module reads of the stack and of each module, (1, n, D): those that stand."""
         self.seen: Tensor | None = None
 
     def see(
         self, embedded: Tensor, streams: Streams, norm: Callable[[Tensor], Tensor], context: Context
     ) -> Sequence[Tensor]:
-        self.seen = streams.x
+        self.seen = self.read(streams.x, norm)
         return ()
 
     def guess(self, kept: int, said: Sequence[int], most: int) -> list[int]:
         assert self.seen is not None, "a guess follows a forward"
         self.tokens += said
-        h = self.states[0] = joined(self.states[0], self.seen[:, :kept])  # of all tokens but the last
+        z = self.states[0] = joined(self.states[0], self.seen[:, :kept])  # of all tokens but the last
         guesses: list[int] = []
         for k, cache in enumerate(self.caches[:most], 1):
             start = cache.length
-            x, state = self._module(k, h[:, start:], [*self.tokens, *guesses][start + k :], cache)
-            h = joined(self.states[k], x)
+            new, state = self._module(k, z[:, start:], [*self.tokens, *guesses][start + k :], cache)
+            z = joined(self.states[k], new)
             standing = max(0, len(self.tokens) - k)
-            self.states[k] = h[:, :standing]
+            self.states[k] = z[:, :standing]
             cache.advance(standing - start)
             guesses.append(likeliest(self.model, state[:, -1], self.vocab_size))
         return guesses
 
-    def _module(self, k: int, h: Tensor, ahead: Sequence[int], cache: Cache) -> tuple[Tensor, Tensor]:
+    def _module(self, k: int, z: Tensor, ahead: Sequence[int], cache: Cache) -> tuple[Tensor, Tensor]:
         """The k-th module over the positions from cache.length on, whose tokens k ahead are `ahead`."""
-        tokens = torch.tensor([list(ahead)], device=h.device)
+        tokens = torch.tensor([list(ahead)], device=z.device)
         context = self.model.context(tokens, memory=cache)
         ahead_of_them = context._replace(positions=context.positions + k, stream_positions=None)
         embedded = self.model.embedding(tokens, ahead_of_them)
-        x, state = self.model.mtp.predictors[str(k)](h, embedded, context.layer(-1 - k, {}))
-        return x, state
+        made: tuple[Tensor, Tensor] = self.model.mtp.predictors[str(k)](z, embedded, context.layer(-1 - k, {}))
+        return made
 
 
 def joined(before: Tensor | None, x: Tensor) -> Tensor:
