@@ -24,6 +24,10 @@ from titan_lite.hf.rule import Rule, times
 MODELS: dict[str, dict[str, Any]] = {
     "tied": {"preset": "llama3", "n_layers": 3, "head": {"tied": True}},
     "experts, stacked by transformers": {"preset": "mixtral"},
+    "modules that transformers' class lacks": {
+        "preset": "deepseek_v3",
+        "mtp": {"type": "modules", "reads": "normed"},
+    },
     "norms behind, narrow rows, a position table": {"preset": "opt", "flavor": "debug350m"},
     "code of its own, tied": {
         "preset": "llama3",
@@ -118,11 +122,14 @@ def test_one_unit_at_a_time_has_weights(tmp_path: Path) -> None:
 
 
 def test_ours_is_streamed_too(tmp_path: Path) -> None:
+    from titan_lite.hf.choose import Unloaded
     from titan_lite.hf.export import open_checkpoint
     from titan_lite.hf.loaded import Subject
+    from titan_lite.hf.source import InMemory
 
     opened = open_checkpoint(save_random(tmp_path / "run", model_tables("llama3", n_layers=3)))
-    model = ByBlock().ours(Subject(tmp_path, opened.shape, opened.tensors, opened.tensors, torch.float32, True))
+    tensors, nothing = opened.tensors, Unloaded(frozenset(), InMemory({}))
+    model = ByBlock().ours(Subject(tmp_path, opened.shape, tensors, tensors, nothing, torch.float32, True))
     most: list[int] = []
     for module in model.modules():
         module.register_forward_pre_hook(lambda *_: most.append(held(model)))

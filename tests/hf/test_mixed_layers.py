@@ -51,7 +51,7 @@ def agree(model_type: str, config: Any) -> Transformer.Config:
     read = dict(from_hf(architecture.rules(ours_config), theirs.state_dict()))
     missing, unexpected = ours.load_state_dict(read, strict=False)
     assert unexpected == []
-    assert all(name.endswith("tally.count") for name in missing)
+    assert all(name.startswith("mtp.") or name.endswith("tally.count") for name in missing)
     tokens = random_tokens(24)
     assert routing_margin(ours, tokens) > MARGIN
     with torch.no_grad():
@@ -104,17 +104,23 @@ def test_deepseek_v3_as_published(q_lora_rank: int | None, dense: int) -> None:
             "mscale_all_dim": 1.0,
         },
     )
-    layers = agree("deepseek_v3", config).each_layer()
-    assert [isinstance(layer.ffn, GLU.Config) for layer in layers] == [i < dense for i in range(4)]
+    model = agree("deepseek_v3", config)
+    assert [isinstance(layer.ffn, GLU.Config) for layer in model.each_layer()] == [i < dense for i in range(4)]
+    assert len(model.mtp.weights()) == (dense < 4)  # its module has experts, and ours is like the last layer
 
 
 def test_tensors_of_a_prediction_module_are_known() -> None:
-    architecture, model = ARCHITECTURES["deepseek_v3"], preset_config("deepseek_v3", "671B")
-    names = ("eh_proj.weight", "enorm.weight", "shared_head.head.weight", "self_attn.o_proj.weight_scale_inv")
-    for name in names:
-        assert "(num_nextn_predict_layers)" in architecture.left_out(f"model.layers.61.{name}", model)
-    read = {name for rule in architecture.rules(model) for name in rule.theirs}
-    assert not any(architecture.left_out(name, model) for name in (*read, "model.layers.6.unknown", "unknown"))
+    architecture = ARCHITECTURES["deepseek_v3"]
+    names = [f"model.layers.61.{name}" for name in ("eh_proj.weight", "enorm.weight", "self_attn.o_proj.weight")]
+    for mtp, wanted in (("none", False), ({}, True)):
+        model = preset_config("deepseek_v3", "671B", mtp=mtp)
+        read = {name for rule in architecture.rules(model) + architecture.beside(model) for name in rule.theirs}
+        unknown = (*read, "model.layers.6.unknown", "unknown")
+        assert not any(architecture.left_out(name, model) for name in unknown)
+        for name in names:
+            assert (name in read) == wanted
+            assert ("(num_nextn_predict_layers)" in architecture.left_out(name, model)) != wanted
+        assert "(num_nextn_predict_layers)" in architecture.left_out("model.layers.62.eh_proj.weight", model)
     assert not ARCHITECTURES["llama"].left_out("model.layers.61.eh_proj.weight", preset_config("llama3", "1B"))
 
 

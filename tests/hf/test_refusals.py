@@ -105,6 +105,15 @@ NO_PLACE: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         {"layers": [{"at": 2, "ffn": {"type": "glu", "hidden": 256}}]},
         {"ffn.type": '"glu"'},
     ),
+    "modules that read another state": ("deepseek_v3", "deepseek_v3", {"mtp": "modules"}, {"mtp.reads": '"normed"'}),
+    "heads beside each other": ("deepseek_v3", "deepseek_v3", {"mtp": "heads"}, {"mtp.type": '"none"'}),
+    "modules without experts": (
+        "deepseek_v3",
+        "deepseek_v3",
+        {"mtp": "modules", "layers": [{"at": ":", "ffn": {"type": "glu", "hidden": 256}}]},
+        {"mtp.type": '"none"'},
+    ),
+    "modules of a dense family": ("llama", "llama3", {"mtp": "modules"}, {"mtp.type": '"none"'}),
     "a part of a shared expert": (
         "deepseek_v3",
         "deepseek_v3",

@@ -64,7 +64,7 @@ def reference(architecture: Architecture, settings: dict[str, Any]) -> Any:
 
     cls = getattr(transformers, architecture.class_name)
     # Their MoE takes a head_dim that its config does not declare.
-    known = {*inspect.signature(cls.config_class).parameters, "head_dim"}
+    known = {*inspect.signature(cls.config_class).parameters, *cls.config_class.attribute_map.values(), "head_dim"}
     assert settings.keys() <= known, f"unknown to {cls.config_class.__name__}: {settings.keys() - known}"
     config = cls.config_class(**settings, bos_token_id=0, eos_token_id=0, pad_token_id=None)
     config._attn_implementation = "eager"

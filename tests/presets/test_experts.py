@@ -27,7 +27,8 @@ GPT_OSS = {"20b": 3.61, "120b": 5.13}
 
 
 def active(name: str, flavor: str) -> int:
-    config = preset_config(name, flavor)
+    """Without modules for further tokens."""
+    config = preset_config(name, flavor, mtp="none")
     with torch.device("meta"):
         model = config.build(vocab_size=config.vocab_size)
     return active_parameters(model, collect_specs(model))

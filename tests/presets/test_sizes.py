@@ -110,8 +110,8 @@ AS_THERE = {("deepseek_v3", flavor): {"ffn": {"router": {"type": "sigmoid"}}} fo
 
 @cache
 def parameters(name: str, flavor: str) -> int:
-    """Of our model. What is published for OPT counts two unused rows of positions."""
-    config = preset_config(name, flavor)
+    """Of our model, but for modules for further tokens. Published for OPT are two unused rows of positions more."""
+    config = preset_config(name, flavor, mtp="none")
     with torch.device("meta"):
         count = sum(p.numel() for p in config.build(vocab_size=config.vocab_size).parameters())
     return count + UNUSED_POSITIONS * config.dim * (name == "opt")

@@ -171,7 +171,8 @@ class CheckpointManager:
         parts = self._excluded(start, list(tensors))
         with agreed(self.world):
             model = job_from_toml(self.facts.config, start.folder).model
-            source = opened(start.folder, model, self.config.initial_load_in_hf_quantized)
+            quantized, compares = self.config.initial_load_in_hf_quantized, self.world.rank == 0
+            source = opened(start.folder, model, quantized, compares)
         with agreed(self.world):
             fill(source, {name: tensor for name, tensor in tensors.items() if not selects(parts, name)})
 

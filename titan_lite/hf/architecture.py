@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,9 +84,21 @@ class Architecture:
             rules += self.layer_rules(index, ours, theirs, model.dim)
         return rules
 
+    def beside(self, model: Transformer.Config) -> list[Rule]:
+        """The same of tensors in their files that transformers' class does not have."""
+        return []
+
+    def copies(self, model: Transformer.Config) -> Mapping[str, str]:
+        """Tensors of their files that repeat another one, and its name. A folder is whole without them."""
+        return {}
+
     def left_out(self, name: str, model: Transformer.Config) -> str:
         """Why a model without a tensor of their files that no rule reads is whole; empty = it is not."""
         return ""
+
+    def as_stored(self, settings: Mapping[str, Any], names: Callable[[], Collection[str]]) -> Tables:
+        """Settings of a folder whose tensors have these names, without parts of a model that are not there."""
+        return dict(settings)
 
     def outer_rules(self, model: Transformer.Config, image: Transformer.Config) -> Iterator[Rule]:
         """Those of what stands outside the layers. `image` is the model as they compute it."""

@@ -7,7 +7,7 @@ Those of transformers' model come from its own loader, which gets the shapes of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -93,14 +93,14 @@ class Absent:
 
 
 class BlockLoader:
-    """transformers' loader, asked for single modules of a folder's model."""
+    """transformers' loader, asked for single modules of a folder's model. `unloaded` are tensors that it has not."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, unloaded: Collection[str] = ()):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
-        self._folder = folder
+        self._folder, self._unloaded = folder, unloaded
         self._files = FolderTensors(folder)
         self._config = AutoConfig.from_pretrained(folder)
         self._class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._config)]
@@ -130,13 +130,16 @@ class BlockLoader:
             for name, meta in self._files.meta.items()
         }
         options = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-        return complete(self._class.from_pretrained(None, config=self._config, state_dict=tensors, **options))
+        loaded = self._class.from_pretrained(None, config=self._config, state_dict=tensors, **options)
+        return complete(loaded, self._unloaded)
 
 
-def complete(loaded: Any) -> Any:
-    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many."""
+def complete(loaded: Any, unloaded: Collection[str] = ()) -> Any:
+    """The model of transformers' loader. ValueError where that misses a tensor, or has one too many: not `unloaded`."""
     model, info = loaded
-    wrong = {kind: sorted(info[kind]) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[kind]}
+    found = info | {"unexpected_keys": set(info["unexpected_keys"]).difference(unloaded)}
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    wrong = {kind: sorted(found[kind]) for kind in kinds if found[kind]}
     if wrong:
         raise ValueError(f"transformers loads the folder with {wrong}")
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,7 +11,17 @@ from titan_lite.hf import ARCHITECTURES, Architecture
 from titan_lite.hf.folds import FOLDS, Fold, Shape
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.rule import Rule
-from titan_lite.hf.source import Image, Meta, Source
+from titan_lite.hf.source import Image, Meta, Source, chosen
+
+
+@dataclass(frozen=True)
+class Unloaded:
+    """What a folder holds and transformers' class does not have."""
+
+    names: frozenset[str]
+    """As transformers tells of them."""
+    tensors: Source
+    """Under their names in the folder."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +33,10 @@ class Native:
     folds: tuple[Fold, ...]
     rules: tuple[list[Rule], ...]
     """One list for each fold, and the architecture's, which has no rule for buffers that only training reads."""
+    beside: list[Rule]
+    """Those of tensors that transformers' class does not have."""
+    copies: Mapping[str, str]
+    """Published tensors that repeat another one: its name by theirs."""
 
     @property
     def exact(self) -> bool:
@@ -35,14 +49,24 @@ class Native:
 
     def loaded(self, ours: Source) -> Source:
         """Their tensors under the names of transformers' modules. KeyError where one of ours is missing."""
-        source: Source = ours
-        for rules in self.rules:
-            source = Image(rules, source)
-        return source
+        return Image(self.rules[-1], self._folded(ours))
 
     def tensors(self, ours: Source) -> Source:
-        """The same under their published names."""
-        return self.architecture.files.published(self.loaded(ours))
+        """Those and what else their files hold, under the published names."""
+        published = self.architecture.files.published(Image([*self.rules[-1], *self.beside], self._folded(ours)))
+        return chosen(published, published.meta, self.copies)
+
+    def unloaded(self, ours: Source) -> Unloaded:
+        """What else their files hold."""
+        tensors, loaded = self.tensors(ours), self.architecture.files.published(self.loaded(ours)).meta
+        names = frozenset((*self.copies, *(name for rule in self.beside for name in rule.theirs)))
+        return Unloaded(names, chosen(tensors, [name for name in tensors.meta if name not in loaded]))
+
+    def _folded(self, ours: Source) -> Source:
+        source = ours
+        for rules in self.rules[:-1]:
+            source = Image(rules, source)
+        return source
 
 
 def natives(shape: Shape, preferred: str = "") -> Iterator[Native]:
@@ -68,8 +92,9 @@ def _natives(shape: Shape, folds: tuple[Fold, ...], folded: Shape, rules: list[l
             settings = architecture.settings(folded.config, shape.vocab_size, shape.context_len)
         except ConfigError:
             continue
-        if _ours(own := architecture.rules(folded.config)) >= folded.parameters:
-            yield Native(architecture, settings, folds, (*rules, own))
+        own, beside = architecture.rules(folded.config), architecture.beside(folded.config)
+        if _ours([*own, *beside]) >= folded.parameters:
+            yield Native(architecture, settings, folds, (*rules, own), beside, architecture.copies(folded.config))
 
 
 def _ours(rules: Sequence[Rule]) -> set[str]:

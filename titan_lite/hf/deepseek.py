@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,13 +13,20 @@ from titan_lite.hf.moe import SIZES, TOP_K, Experts
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.parts import linear, norm, pair
 from titan_lite.hf.rope import Rope, row_order
-from titan_lite.hf.rule import Rule, constant, reordered, times
+from titan_lite.hf.rule import Rule, Transform, constant, reordered, times
 from titan_lite.hf.setting import Key, View, nested
 from titan_lite.hf.sparse import Sparse
 from titan_lite.models.attention import MLA
 from titan_lite.models.transformer import Transformer
 
-_LAYER: Final = re.compile(r"model\.layers\.(\d+)\.")
+FURTHER: Final = "num_nextn_predict_layers"
+TOKEN_FIRST: Final = Transform(
+    lambda t: tuple(x.roll(x.shape[1] // 2, dims=1) for x in t),
+    lambda t: tuple(x.roll(x.shape[1] // 2, dims=1) for x in t),
+    rowwise=True,
+)
+"""(D, 2 D), whose columns are for a hidden state and then for a token, the other way round."""
+_LAYER: Final = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 
 
 class SharedExperts:
@@ -45,18 +52,58 @@ class LatentBias:
         return nested("attention.bias", [*compressed, "kv", "o"] if settings.get("attention_bias") else [])
 
 
+class FurtherTokens:
+    """Modules that read what the head gets. There they always have experts, here what the last layer has."""
+
+    def to_hf(self, model: View) -> Tables:
+        known = model.get("mtp.type") == "modules" and model.layers[-1]["ffn"]["type"] == "moe"
+        return {FURTHER: model.get("mtp.depth") if known else 0}
+
+    def from_hf(self, settings: Mapping[str, Any]) -> Tables:
+        depth = settings.get(FURTHER)
+        return {"mtp": {"type": "modules", "reads": "normed", "depth": depth}} if depth else {}
+
+
 @dataclass(frozen=True)
 class DeepSeekV3(Experts):
-    """Latent attention; behind some dense layers, experts of which one is shared."""
+    """Latent attention; behind some dense layers, experts of which one is shared; modules for further tokens."""
+
+    def tables(self, settings: Mapping[str, Any]) -> Tables:
+        dense = (settings.get("first_k_dense_replace") or 0) >= settings.get("num_hidden_layers", 0)
+        return super().tables({**settings, FURTHER: 0} if dense else settings)
+
+    def as_stored(self, settings: Mapping[str, Any], names: Callable[[], Collection[str]]) -> Tables:
+        # transformers reads and writes models without them, and leaves the setting as it is.
+        if settings[FURTHER] and not any(_layer(name) >= settings["num_hidden_layers"] for name in names()):
+            return {**settings, FURTHER: 0}
+        return dict(settings)
 
     def left_out(self, name: str, model: Transformer.Config) -> str:
-        layer = _LAYER.match(name)
-        if layer is None or int(layer[1]) < model.n_layers:
+        if _layer(name) < model.n_layers + _depth(model):
             return ""
         return (
-            "it belongs to a module that predicts further tokens (num_nextn_predict_layers), which stands behind the"
-            f" {model.n_layers} layers (model.n_layers) and is not part of this model"
+            f"it belongs to a module that predicts further tokens ({FURTHER}), which stands behind the"
+            f" {model.n_layers} layers (model.n_layers) and is not part of this model (model.mtp)"
         )
+
+    def beside(self, model: Transformer.Config) -> list[Rule]:
+        image = self._config(self._settings(model))
+        ours, theirs = model.each_layer()[-1], image.each_layer()[-1]
+        rules: list[Rule] = []
+        for mine, other in _modules(model):
+            for our_norm, their_norm in (("hidden_norm", "hnorm"), ("token_norm", "enorm")):
+                rules += norm(f"{mine}.{our_norm}", f"{other}.{their_norm}", ours.norm, theirs.norm, model.dim)
+            rules.append(pair(f"{mine}.join.weight", f"{other}.eh_proj.weight", TOKEN_FIRST))
+            rules += self.block_rules(f"{mine}.block", other, ours, theirs, model.dim)
+            last = model.norm_behind_last_layer(), image.norm_behind_last_layer()
+            rules += norm(f"{mine}.norm", f"{other}.shared_head.norm", *last, model.dim)
+        return rules
+
+    def copies(self, model: Transformer.Config) -> Mapping[str, str]:
+        table = "model.embed_tokens.weight"
+        head = table if model.head.tied else "lm_head.weight"
+        both = (("embed_tokens.weight", table), ("shared_head.head.weight", head))
+        return {f"{other}.{name}": of for _, other in _modules(model) for name, of in both}
 
     def attention_rules(self, ours: str, theirs: str, config: Any, image: Any, dim: int) -> Iterator[Rule]:
         assert isinstance(config, MLA.Config)
@@ -97,6 +144,22 @@ class DeepSeekV3(Experts):
             yield Rule((), (offset,), constant(0.0, config.n_experts))
 
 
+def _layer(name: str) -> int:
+    """The number of the layer that one of their tensors belongs to; -1 = none."""
+    found = _LAYER.match(name)
+    return int(found[1]) if found else -1
+
+
+def _depth(model: Transformer.Config) -> int:
+    return len(model.mtp.weights())
+
+
+def _modules(model: Transformer.Config) -> Iterator[tuple[str, str]]:
+    """(our name, theirs) of each module for further tokens."""
+    for k in range(1, 1 + _depth(model)):
+        yield f"mtp.predictors.{k}", f"model.layers.{model.n_layers + k - 1}"
+
+
 DEEPSEEK_V3: Final = DeepSeekV3(
     model_type="deepseek_v3",
     class_name="DeepseekV3ForCausalLM",
@@ -132,6 +195,7 @@ DEEPSEEK_V3: Final = DeepSeekV3(
             dense_layers=lambda settings: list(range(settings["first_k_dense_replace"])),
             fixed={"router": {"type": "sigmoid"}, "offset": {"type": "load"}},
         ),
+        FurtherTokens(),
     ),
     fixed={
         "attention": {
@@ -143,6 +207,5 @@ DEEPSEEK_V3: Final = DeepSeekV3(
         }
     },
     constants={"hidden_act": "silu"},
-    training_only={"num_mtp_layers": 0},
 )
-"""DeepSeek-V3 and R1 (arXiv 2412.19437), without the modules that predict further tokens."""
+"""DeepSeek-V3 and R1 (arXiv 2412.19437)."""

@@ -25,7 +25,7 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.background import meanwhile
 from titan_lite.hf.beside import beside
 from titan_lite.hf.card import losses, model_card
-from titan_lite.hf.choose import natives
+from titan_lite.hf.choose import Unloaded, natives
 from titan_lite.hf.errors import ConversionError
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.loaded import Subject
@@ -77,6 +77,7 @@ class Target:
     """Under the names of files, in the checkpoint's types."""
     loaded: Source
     """The same under the names of transformers' modules."""
+    unloaded: Unloaded
     exact: bool
     folds: tuple[str, ...]
 
@@ -168,10 +169,10 @@ def choose_target(opened: Pieces) -> Target:
     for found in natives(opened.shape, preferred):
         if not keeps_tokenizer(found.architecture.model_type, opened):
             continue
-        tensors = found.tensors(opened.tensors)
-        titles = tuple(fold.title for fold in found.folds)
+        ours, titles = opened.tensors, tuple(fold.title for fold in found.folds)
+        tensors, loaded, unloaded = found.tensors(ours), found.loaded(ours), found.unloaded(ours)
         name = found.architecture.model_type, found.architecture.class_name
-        return Target(*name, found.settings, tensors, found.loaded(opened.tensors), found.exact, titles)
+        return Target(*name, found.settings, tensors, loaded, unloaded, found.exact, titles)
     rules = [Rule((name,), (f"model.{name}",)) for name in opened.tensors.meta]
     tensors = Image(rules, opened.tensors)
     tables = opened.job.model.model_dump(mode="json")
@@ -186,7 +187,7 @@ def choose_target(opened: Pieces) -> Target:
             "AutoModelForCausalLM": f"modeling_titan_lite.{OWN_CLASS}",
         },
     }
-    return Target(OWN, OWN_CLASS, settings, tensors, tensors, True, ())
+    return Target(OWN, OWN_CLASS, settings, tensors, tensors, Unloaded(frozenset(), Image((), tensors)), True, ())
 
 
 def keeps_tokenizer(model_type: str, opened: Pieces) -> bool:
@@ -253,7 +254,8 @@ def compare(folder: Path, opened: Pieces, target: Target, dtype: torch.dtype, me
     """Loads the folder again and compares. ConversionError where transformers cannot load it."""
     try:
         with quiet_transformers():
-            subject = Subject(folder, opened.shape, opened.tensors, target.loaded, dtype, target.exact)
+            ours, loaded, unloaded = opened.tensors, target.loaded, target.unloaded
+            subject = Subject(folder, opened.shape, ours, loaded, unloaded, dtype, target.exact)
             return verify(subject, opened.tokenizer, opened.begin, method)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise ConversionError(f"transformers cannot use the folder: {error}") from error

@@ -17,10 +17,10 @@ from titan_lite.hf.source import Source
 from titan_lite.models.transformer import Transformer
 
 
-def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> Source:
+def opened(path: Path, model: Transformer.Config, quantized: bool = False, compares: bool = True) -> Source:
     """The folder's weights as those of this very model. ConfigError where it holds another one, or is damaged.
 
-    Weights in float8 are recognised; `quantized` asks for them.
+    Weights in float8 are recognised; `quantized` asks for them. For `compares` see `our_tensors`.
     """
     if not path.is_dir():
         raise ConfigError.at("checkpoint.initial_load_path", "is no folder", str(path), code=FILE_MISSING)
@@ -30,7 +30,8 @@ def opened(path: Path, model: Transformer.Config, quantized: bool = False) -> So
         raise ConfigError.at("checkpoint.initial_load_in_hf_quantized", why, True, "false", code=CROSS_FIELD)
     if problems := list(same_model(folder, model)):
         raise ConfigError(problems)
-    return our_tensors(folder, Shape.of(model, folder.tables["vocab_size"], folder.context_len))
+    shape = Shape.of(model, folder.tables["vocab_size"], folder.context_len)
+    return our_tensors(folder, shape, compares).tensors
 
 
 def fill(source: Source, tensors: Mapping[str, Tensor]) -> None:

@@ -25,9 +25,8 @@ from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.hf.beside import beside
 from titan_lite.hf.export import MODEL_TYPE, check_room, needs_transformers
 from titan_lite.hf.folds import Shape
-from titan_lite.hf.fp8 import stored_weights
 from titan_lite.hf.normal_form import Tables
-from titan_lite.hf.read import Folder, open_folder, our_tensors, told_left_out
+from titan_lite.hf.read import Folder, open_folder, our_tensors
 from titan_lite.hf.rule import Rule
 from titan_lite.hf.shards import common_dtype, write_bytes, write_file, write_text
 from titan_lite.hf.source import Image, Source
@@ -60,7 +59,7 @@ class Imported:
     """Files of its tokenizer."""
     eos: str = ""
     """Number of the end of text, where the model's config has one."""
-    left_out: str = ""
+    left_out: tuple[str, ...] = ()
     """What of it does not become part of the checkpoint, in words."""
     choice: Mapping[str, Any] | None = None
     """The [tokenizer] table, where the tokenizer stays where it is."""
@@ -79,11 +78,10 @@ def import_folder(source: Path, out: Path) -> Job:
     folder = open_folder(source)
     config = Transformer.Config.model_validate(folder.tables)
     shape = Shape.of(config, folder.tables["vocab_size"], folder.context_len)
-    tensors = our_tensors(folder, shape)
+    weights = our_tensors(folder, shape)
     files = _tokenizer_files(source)
-    left_out = told_left_out(folder, stored_weights(source, folder.block).meta, config)
-    facts = str(source), folder.model_type, folder.tables, folder.context_len, tensors, files
-    return write_import(Imported(*facts, eos=end_of_text(folder), left_out=left_out), out)
+    facts = str(source), folder.model_type, folder.tables, folder.context_len, weights.tensors, files
+    return write_import(Imported(*facts, eos=end_of_text(folder), left_out=weights.left_out), out)
 
 
 def write_import(imported: Imported, out: Path) -> Job:
@@ -96,7 +94,7 @@ def write_import(imported: Imported, out: Path) -> Job:
             write_bytes(folder / "tokenizer" / name, content)
         tables, tokenizer = _job_tables(imported, folder, out.absolute())
         job = job_from_dict(tables, files=False)
-        left_out = f"# {imported.left_out}.\n" if imported.left_out else ""
+        left_out = "".join(f"# {text}.\n" for text in imported.left_out)
         head = HEADER.format(source=imported.origin, left_out=left_out)
         write_text(folder / "config.toml", head + toml_text(tables))
         (folder / "checkpoint").mkdir()

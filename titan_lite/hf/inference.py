@@ -46,7 +46,8 @@ def load_folder(path: Path, device: torch.device, world: World | None = None) ->
     folder = open_folder(path)
     config = Transformer.Config.model_validate(folder.tables)
     vocab_size = folder.tables["vocab_size"]
-    tensors = our_tensors(folder, Shape.of(config, vocab_size, folder.context_len))
+    shape = Shape.of(config, vocab_size, folder.context_len)
+    tensors = our_tensors(folder, shape, compares=world is None or world.rank == 0).tensors
     choice, tokenizer = _tokenizer(folder)
     if tokenizer.vocab_size > vocab_size:
         why = f"has {tokenizer.vocab_size} tokens, and the model's embedding {vocab_size} rows"

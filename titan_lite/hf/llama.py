@@ -45,7 +45,10 @@ class LlamaLike(Architecture):
             yield pair("head.output.weight", "lm_head.weight")
 
     def layer_rules(self, index: int, ours: Layer, theirs: Layer, dim: int) -> Iterator[Rule]:
-        mine, other = f"stack.blocks.{index}", f"model.layers.{index}"
+        yield from self.block_rules(f"stack.blocks.{index}", f"model.layers.{index}", ours, theirs, dim)
+
+    def block_rules(self, mine: str, other: str, ours: Layer, theirs: Layer, dim: int) -> Iterator[Rule]:
+        """Those of a block, of which `mine` and `other` are the names."""
         for our_norm, their_norm in self.norms.items():
             yield from norm(f"{mine}.{our_norm}", f"{other}.{their_norm}", ours.norm, theirs.norm, dim, self.gain)
         yield from self.attention_rules(

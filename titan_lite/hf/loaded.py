@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from titan_lite.hf.by_block import BlockLoader, Streamed, complete, units_of, values_of
+from titan_lite.hf.choose import Unloaded
 from titan_lite.hf.folds import Shape
 from titan_lite.hf.source import Source
+from titan_lite.hf.stored import FolderTensors
 from titan_lite.models.spec import named_state
 from titan_lite.models.transformer import Transformer
 
@@ -30,6 +33,7 @@ class Subject:
     ours: Source
     theirs: Source
     """The folder's tensors before they were rounded, under the names of transformers' modules."""
+    unloaded: Unloaded
     dtype: torch.dtype
     """Of the folder's weights."""
     exact: bool
@@ -39,6 +43,11 @@ class Subject:
     def parameters(self) -> int:
         """Numbers of the larger of both models."""
         return max(sum(meta.numel() for meta in source.meta.values()) for source in (self.ours, self.theirs))
+
+    def unloaded_otherwise(self) -> list[str]:
+        """The names of those that transformers' class does not have and that are not what they should be."""
+        files, wanted = FolderTensors(self.folder), self.unloaded.tensors
+        return [name for name in wanted.meta if not self.is_written(files.read(name), wanted.read(name))]
 
     def is_written(self, loaded: Tensor, values: Tensor) -> bool:
         """Whether a tensor that was loaded from the folder is what these values are in its type."""
@@ -89,7 +98,7 @@ class Whole(Loading):
         return model
 
     def theirs(self, subject: Subject) -> Any:
-        return load_theirs(subject.folder)
+        return load_theirs(subject.folder, subject.unloaded.names)
 
     def unround(self, loaded: Any, subject: Subject) -> list[str]:
         tensors, otherwise = loaded.state_dict(), []
@@ -115,7 +124,7 @@ class ByBlock(Loading):
         return model
 
     def theirs(self, subject: Subject) -> Any:
-        loader = BlockLoader(subject.folder)
+        loader = BlockLoader(subject.folder, subject.unloaded.names)
         model = loader.skeleton()
         self._streamed = Streamed(model, units_of(model), loader.values)
         return model
@@ -131,14 +140,17 @@ class ByBlock(Loading):
         return max(0, min(wanted, READS // (4 * subject.parameters) - 1))
 
 
-def load_theirs(folder: Path) -> Any:
-    """The folder's model in float32, as `from_pretrained` loads it, without permission to run code."""
+def load_theirs(folder: Path, unloaded: Collection[str] = ()) -> Any:
+    """The folder's model in float32, as `from_pretrained` loads it, without permission to run code.
+
+    `unloaded` are tensors that its class does not have.
+    """
     from transformers import AutoModelForCausalLM
 
     import titan_lite.hf.modelling  # noqa: F401  (makes our own models known)
 
     options: Any = {"dtype": torch.float32, "attn_implementation": "eager", "output_loading_info": True}
-    return complete(AutoModelForCausalLM.from_pretrained(folder, **options)).eval()
+    return complete(AutoModelForCausalLM.from_pretrained(folder, **options), unloaded).eval()
 
 
 def _ours_on_meta(shape: Shape) -> Transformer:

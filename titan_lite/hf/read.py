@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,8 +18,8 @@ from titan_lite.hf.folds import Shape
 from titan_lite.hf.fp8 import Block, block_of, stored_weights
 from titan_lite.hf.normal_form import Tables, absorbed, differences, normal_form
 from titan_lite.hf.rule import Rule, Tensors, Transform
-from titan_lite.hf.source import Image, Meta, Place, Source
-from titan_lite.hf.stored import read_json
+from titan_lite.hf.source import Image, Meta, Place, Source, pieces
+from titan_lite.hf.stored import FolderTensors, read_json
 from titan_lite.models.spec import collect_specs
 from titan_lite.models.transformer import Transformer
 
@@ -65,11 +65,14 @@ def open_folder(path: Path) -> Folder:
         raise ConfigError.at(str(file), why, allowed=", ".join(sorted([*ARCHITECTURES, OWN])), code=NOT_ALLOWED)
     settings = _completed(file, model_type, given)
     architecture = ARCHITECTURES[model_type]
+    stored = architecture.as_stored(settings, lambda: FolderTensors(path).meta)
+    for key in [key for key in stored if stored[key] != settings[key]]:
+        log.warning("%s: %s = %s, and the files hold no such tensors", file, key, show(settings[key]))
     try:
-        tables = architecture.tables(settings)
+        tables = architecture.tables(stored)
     except ConfigError as error:
         raise ConfigError(replace(problem, file=str(file)) for problem in error.problems) from None
-    return Folder(path, model_type, architecture, tables, int(context_len), settings, block)
+    return Folder(path, model_type, architecture, tables, int(context_len), stored, block)
 
 
 def _completed(file: Path, model_type: str, given: dict[str, Any]) -> dict[str, Any]:
@@ -83,20 +86,31 @@ def _completed(file: Path, model_type: str, given: dict[str, Any]) -> dict[str, 
         raise ConfigError.at(str(file), why) from None
 
 
-def our_tensors(folder: Folder, shape: Shape) -> Source:
+class Weights(NamedTuple):
+    """A folder's weights as those of our model."""
+
+    tensors: Source
+    left_out: tuple[str, ...]
+    """What of the files they do not have, in words; a warning has told of each."""
+
+
+def our_tensors(folder: Folder, shape: Shape, compares: bool = True) -> Weights:
     """The folder's weights as those of our model. ConfigError names every tensor that is missing, or too many.
 
+    `compares`: copies of other tensors are read, to tell of those that are none; of several ranks one is enough.
     Weights keep their type; those that are changed by a number become float64, so that nothing is lost.
     """
     if folder.architecture is None:
         rules = [Rule((name,), (f"model.{name}",)) for name in shape.meta]
     else:
-        rules = folder.architecture.rules(shape.config)
+        rules = folder.architecture.rules(shape.config) + folder.architecture.beside(shape.config)
     files = stored_weights(folder.path, folder.block)
-    source = _renamed(folder, files, rules, shape)
+    source, left_out = _renamed(folder, files, rules, shape, compares)
+    for text in left_out:
+        log.warning("%s: %s", folder.path, text)
     made = {name for rule in rules for name in rule.ours}
     fresh = [_at_first(name, shape) for name in shape.meta if name not in made]
-    return Image([*(_precise(rule.opposite()) for rule in rules), *fresh], source)
+    return Weights(Image([*(_precise(rule.opposite()) for rule in rules), *fresh], source), left_out)
 
 
 def _at_first(name: str, shape: Shape) -> Rule:
@@ -110,14 +124,19 @@ def same_model(folder: Folder, ours: Transformer.Config) -> Iterator[Problem]:
     """Keys of [model] in which a run's model is another than the folder's."""
     image = Transformer.Config.model_validate(folder.tables)
     theirs = normal_form(image)
+    if folder.architecture is not None and not ours.mtp.weights():
+        theirs["mtp"] = ours.mtp.model_dump()  # what it has beyond that is left out
     for path, value, other in differences(absorbed(normal_form(ours), theirs), theirs):
         key = ".".join(("model", *(str(part) for part in path if part != "layers" and not isinstance(part, int))))
         why = f"is another model than the {folder.model_type} model in {folder.path}"
         yield Problem(CROSS_FIELD, key, why, value, show(other))
 
 
-def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> Source:
-    """The folder's tensors under the names of transformers' modules, all there and of the right shapes."""
+def _renamed(
+    folder: Folder, files: Source, rules: list[Rule], shape: Shape, compares: bool
+) -> tuple[Source, tuple[str, ...]]:
+    """The folder's tensors under the names of transformers' modules, all there and of the right shapes; what is left
+    out, in words."""
     loaded = Image(rules, Meta(shape.meta))
     candidates: list[tuple[Source, Source]] = [(loaded, files)]
     if folder.architecture is not None:
@@ -125,34 +144,43 @@ def _renamed(folder: Folder, files: Source, rules: list[Rule], shape: Shape) -> 
         prefixed = Prefixed(files, _base(folder.architecture))
         candidates = [(names.published(loaded), names.loaded(files)), (loaded, files), (loaded, prefixed)]
     expected, source = min(candidates, key=lambda both: len(both[0].meta.keys() - _names(both[1], files)))
-    own = source.meta if isinstance(source, Prefixed) else files.meta
-    own = _without_left_out(folder, own, shape.config)
-    if problems := list(_misfits(folder, expected.meta, own, bool(shape.config.head.tied))):
+    own = source if isinstance(source, Prefixed) else files
+    unread, copies = _unread(folder.architecture, own.meta, shape.config)
+    found = {name: meta for name, meta in own.meta.items() if name not in unread and name not in copies}
+    if problems := list(_misfits(folder, expected.meta, found, bool(shape.config.head.tied))):
         raise ConfigError(problems)
     if shape.config.head.tied:
-        _same_head(folder, files)
-    return source
+        _same_head(folder, own, copies)
+    return source, tuple(_told(own, unread, copies if compares else {}))
 
 
-def _without_left_out(folder: Folder, found: Mapping[str, Tensor], model: Transformer.Config) -> Mapping[str, Tensor]:
-    """The tensors without those that the model is whole without, of which a warning tells."""
-    if folder.architecture is None:
-        return found
-    names = [name for name in found if folder.architecture.left_out(name, model)]
-    if names:
-        log.warning("%s: %s", folder.path, told_left_out(folder, found, model))
-    return {name: meta for name, meta in found.items() if name not in names}
+def _unread(
+    architecture: Architecture | None, names: Iterable[str], model: Transformer.Config
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Of a folder's tensors, those that the model is whole without, and why; and copies, and of which they are."""
+    if architecture is None:
+        return {}, {}
+    copies = architecture.copies(model)
+    reasons = {name: why for name in names if (why := architecture.left_out(name, model))}
+    return reasons, {name: copies[name] for name in names if name in copies}
 
 
-def told_left_out(folder: Folder, found: Iterable[str], model: Transformer.Config) -> str:
-    """Which of a folder's tensors the model is whole without, and why; empty = none."""
-    if folder.architecture is None:
-        return ""
-    reasons = {name: why for name in found if (why := folder.architecture.left_out(name, model))}
-    if not reasons:
-        return ""
-    name, why = next(iter(reasons.items()))
-    return f"{len(reasons)} tensors are left out, such as {name}: {why}"
+def _told(files: Source, unread: Mapping[str, str], copies: Mapping[str, str]) -> Iterator[str]:
+    """What is left out, in words."""
+    if unread:
+        name, why = next(iter(unread.items()))
+        yield f"{len(unread)} tensors are left out, such as {name}: {why}"
+    for name, other in copies.items():
+        if not _equal(files, name, other):
+            yield f"{name} is left out: it is not {other}, which is used in its place"
+
+
+def _equal(files: Source, one: str, other: str) -> bool:
+    """Whether two tensors are the same, read piece by piece."""
+    if files.meta[one].shape != files.meta[other].shape:
+        return False
+    parts = pieces(files.meta[one])
+    return all(torch.equal(files.read(one, *part), files.read(other, *part)) for part in parts)
 
 
 def _names(source: Source, files: Source) -> set[str]:
@@ -210,12 +238,13 @@ def _misfits(
             yield Problem(BAD_INPUT, str(folder.path), text.format(n=len(names)) + ":" + lines)
 
 
-def _same_head(folder: Folder, files: Source) -> None:
+def _same_head(folder: Folder, files: Source, copies: Collection[str]) -> None:
     """A tied head that is in the files as well has to be the embedding."""
     head = "lm_head.weight"
     if head not in files.meta:
         return
-    same = [name for name in files.meta if name != head and files.meta[name].shape == files.meta[head].shape]
+    shape = files.meta[head].shape
+    same = [name for name, meta in files.meta.items() if name not in (head, *copies) and meta.shape == shape]
     if not any(torch.equal(files.read(name), files.read(head)) for name in same):
         why = f"{head} is not the embedding, and config.json says that it is (tie_word_embeddings)"
         raise ConfigError.at(str(folder.path), why)

@@ -116,6 +116,12 @@ class Image:
         return bool(rule.transform.rowwise and by_rows) and len({shape[:1] for shape in shapes}) == 1
 
 
+def chosen(source: Source, names: Iterable[str], copies: Mapping[str, str] | None = None) -> Image:
+    """Those of a source's tensors, and of some of them copies: the tensor's name by that of the copy."""
+    places = {name: name for name in names} | dict(copies or {})
+    return Image([Rule((one,), (name,)) for name, one in places.items()], source)
+
+
 def rows(tensor: Tensor, start: int, stop: int | None) -> Tensor:
     """Entries [start, stop) along the first dim; a tensor without dims as it is."""
     return tensor[start:stop] if tensor.dim() else tensor

@@ -92,7 +92,7 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         del reference
         loaded = loading.theirs(subject)
         rounded = loaded(prompts).logits.float()
-        otherwise = loading.unround(loaded, subject)
+        otherwise = loading.unround(loaded, subject) + subject.unloaded_otherwise()
         found = _look(loaded, lambda tokens: loaded(tokens).logits.float(), prompts)
         theirs = [_continued_there(loaded, start, count, tokenizer) for start in starts]
         different = [

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.hf.twins import preset_config
 from tests.models.tiny import VOCAB, tiny_config, tiny_model
 from titan_lite.config.errors import CROSS_FIELD, ConfigError
 from titan_lite.config.load import job_from_dict
@@ -230,14 +231,12 @@ def test_parameters_and_flops(kind: str, tied: bool):
 
 
 def test_deepseek_v3_has_as_many_parameters_as_published():
-    """11.5 billion of its own (README_WEIGHTS.md), without its MLA; with embedding and head, 14 of the hub's 685."""
-    dim, moe = 7168, {"type": "moe", "n_experts": 256, "top_k": 8, "experts": {"hidden": 2048}, "shared_hidden": 2048}
-    tables = {"dim": dim, "n_layers": 1, "attention": {"n_heads": 56}, "ffn": moe, "mtp": "modules"}
+    """11.5 billion of its own (README_WEIGHTS.md); with embedding and head, 14 of the hub's 685."""
+    config, dim = preset_config("deepseek_v3", "671B"), 7168
     with torch.device("meta"):
-        model = Transformer.Config.model_validate(tables).build(vocab_size=129280)
+        model = config.build(vocab_size=config.vocab_size)
     mla = dim * 1536 + 1536 * 128 * 192 + dim * 576 + 512 * 128 * 256 + 128 * 128 * dim + 1536 + 512
-    mtp = model.mtp.predictors["1"]
-    own = sum(p.numel() for p in mtp.parameters()) - sum(p.numel() for p in mtp.block.attention.parameters()) + mla
+    own = sum(p.numel() for p in model.mtp.parameters())
     assert own == 257 * 3 * dim * 2048 + 256 * dim + 2 * dim * dim + 5 * dim + mla
     assert round(own / 1e9, 1) == 11.6
     assert round((own + 2 * 129280 * dim) / 1e9, 1) == 13.5

@@ -45,9 +45,8 @@ class Shape:
         return self.config.model_dump()
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
-        """(path, block) of each layer, in order, of a plain stack."""
-        for number, block in self.model.stack.blocks.items():
-            yield f"stack.blocks.{number}", block
+        """(path, block) of each layer, in order, of a plain stack, and of those that predict further tokens."""
+        yield from self.model.blocks().items()
 
 
 class Fold(ABC):

@@ -19,8 +19,8 @@ from titan_lite.models.norm.base import GainNorm
 from titan_lite.models.residual import Admin, ConstantScale, LayerScale, NoScale, OutNorm, PeriNorm, Residual, ReZero
 from titan_lite.models.stack import PlainStack
 
-OUTPUT = re.compile(r"(o|(.*\.)?down)\.(weight|bias)|experts\.down(_bias)?")
-"""Tensors that make a branch's result, linear in each."""
+OUTPUT = re.compile(r"(o|(shared\.ffn\.)?down)\.(weight|bias)|experts\.down(_bias)?")
+"""Tensors that make a branch's result, linear in each. Those of latents (`q.down`, `kv.down`) make none."""
 INPUT = re.compile(r"(q|k|v|qkv|gate|up|router|shared\.ffn\.(gate|up))\.weight|experts\.(gate|up)")
 """Tensors that a branch's input is multiplied with."""
 BETWEEN = re.compile(
