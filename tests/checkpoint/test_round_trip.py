@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import torch
 from safetensors import safe_open
 
 from tests.checkpoint.helpers import FACTS, STATE, forked, make_manager, make_tensors, same_bits, zeros_like
+from tests.runs import tiny_job
 from titan_lite.checkpoint import reader
+from titan_lite.checkpoint.facts import RunFacts
 from titan_lite.checkpoint.manifest import read_manifest
 from titan_lite.checkpoint.restore import restore
 from titan_lite.checkpoint.shard import DTYPE_CODES
 from titan_lite.config.errors import ConfigError
+from titan_lite.config.load import to_toml
 
 
 def every_kind() -> dict[str, torch.Tensor]:
@@ -146,3 +150,22 @@ def test_files_are_only_readable_by_their_names_in_the_folder(tmp_path: Path) ->
     shard.symlink_to(moved)
     with pytest.raises(ConfigError, match=r"shard-00000\.safetensors\n.*cannot be read"):
         restore(shard.parent, make_tensors())
+
+
+def test_a_checkpoint_of_a_version_with_fewer_keys_goes_on(tmp_path: Path) -> None:
+    """Its config and its model lack what came later; other keys still make another model."""
+    job = tiny_job()
+    older = job.model.identity()
+    del older["head"]["reward"]
+    config = re.sub(r"\[model\.head\.reward\]\ntype = \"none\"\n", "", to_toml(job))
+    assert config != to_toml(job)
+    make_manager(tmp_path, facts=RunFacts(config, older)).save(10, make_tensors(), STATE)
+    now = RunFacts(to_toml(job), job.model.identity())
+    manager = make_manager(tmp_path, facts=now)
+    start = manager.start()
+    assert start is not None
+    assert manager.load(start, zeros_like(make_tensors())) == STATE
+    wider = tiny_job(model={"dim": 48})
+    other = make_manager(tmp_path, facts=RunFacts(to_toml(wider), wider.model.identity()))
+    with pytest.raises(ConfigError, match=r"model.dim\n.*there it is 32, here 48"):
+        other.load(start, zeros_like(make_tensors()))

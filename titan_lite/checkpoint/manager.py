@@ -185,7 +185,7 @@ class CheckpointManager:
                 "but one with another job.dump_folder can start from it, with checkpoint.initial_load_path"
             )
             problems.append(damaged(start.folder / MANIFEST, why))
-        differs = model_problems(start.folder, manifest.model.config, self.facts.model)
+        differs = model_problems(start.folder, recorded_model(start.folder, manifest), self.facts.model)
         if start.resume:
             problems += differs
         elif self.world.rank == 0:
@@ -326,6 +326,17 @@ class CheckpointManager:
     def _say(self, text: str, *args: object) -> None:
         if self.world.rank == 0:
             log.info(text, *args)
+
+
+def recorded_model(folder: Path, manifest: Manifest) -> Mapping[str, Any]:
+    """What a checkpoint's model is, in the keys that there are now: its config does not have those that came later,
+    whose defaults are what was before them. As it was written where the config cannot be read any more.
+    """
+    try:
+        model: Mapping[str, Any] = job_from_toml(manifest.config, folder).model.identity()
+    except ConfigError:
+        return manifest.model.config
+    return model
 
 
 def steps_after(steps: list[int], written: int, keep: int) -> list[int]:
