@@ -189,6 +189,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor too many": (one_too_many, r"has 1 tensors that its model does not:\n *model\.layers\.0\.mlp\.surplus"),
     "a file elsewhere": (outside, r'lm_head.weight in "?.?\.\./model\S+, which is no safetensors file of this folder'),
     "a folder for a file": (a_folder_as_file, rf"{FILE}.*\n.*cannot be read: Is a directory"),
+    "a word for a number": (
+        config_key(rope_parameters={"rope_type": "default", "rope_theta": "x"}),
+        r"config.json\n.*is no config of a llama model: could not convert string to float: 'x'",
+    ),
     "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
     "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
     "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),

@@ -37,7 +37,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
 def model_card(
     name: str, manifest: Manifest, train_state: dict[str, Any], found: dict[str, float], architecture: str, loads: str
 ) -> str:
-    """README.md: what the model is and how it was trained. `loads` is the Python line that loads it."""
+    """README.md: what the model is and how it was trained. `loads` are the Python lines that load it."""
     facts = {
         "architecture": architecture,
         "parameters": f"{manifest.model.parameters:,}",
@@ -70,7 +70,6 @@ A language model trained with titan_lite.
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 {loads}
-tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 `conversion_report.json` says how this folder was made from the checkpoint and what was compared.
