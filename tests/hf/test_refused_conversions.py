@@ -157,6 +157,15 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def cut_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text()[:1000])
+
+
+def no_table(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[1]")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (cut, rf"{FILE}.*\n.*header is damaged: the tensors take \d+ bytes"),
     "no header": (no_header, rf"{FILE}.*\n.*is no safetensors file, or was cut off"),
@@ -196,6 +205,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
     "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
     "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),
+    "a tokenizer that is cut": (cut_tokenizer, r'hf/tokenizer.json"\n    is not a tokenizer.json: .*EOF'),
+    "a tokenizer's config that is none": (no_table, r"tokenizer_config.json beside it does not hold a table"),
     "no tokenizer": (no_tokenizer, r"has no tokenizer.json"),
 }
 
