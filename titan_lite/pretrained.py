@@ -82,7 +82,7 @@ def load_pretrained(path: Path, device: torch.device, world: World | None = None
         from titan_lite.hf.inference import load_folder
 
         return load_folder(path, device, world)
-    folder = find_checkpoint(path)
+    folder = find_checkpoint(path, otherwise=", or a Hugging Face folder with its config.json")
     job = job_from_toml(read_manifest(folder).config, folder)
     tokenizer: Tokenizer = job.tokenizer.build()
     model = empty_model(job, vocab_size_for(job.model, tokenizer.vocab_size), device, world)

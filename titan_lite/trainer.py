@@ -116,7 +116,9 @@ class Trainer:
         """The last step as a Hugging Face folder. The other ranks are gone by then: it may take its time."""
         from titan_lite.hf.export import export
 
-        report = export(self.checkpoints.folder / f"step-{self.progress.step}", self._exported())
+        asked = self.job.checkpoint.export_dtype
+        dtype = "" if asked == "float32" else asked
+        report = export(self.checkpoints.folder / f"step-{self.progress.step}", self._exported(), dtype)
         logger.info("Made %s: %s, verified", self._exported(), report["class"])
 
     def _prepare(self) -> None:

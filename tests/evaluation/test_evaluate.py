@@ -156,7 +156,7 @@ def test_two_ranks_with_half_of_the_model_each(pool2: WorkerPool, run: Path, fil
         (("--text", "one.txt", "--stride", "200"), "--stride = 200\n    would leave out tokens between windows of 128"),
         (("--text", "one.txt", "no.txt", "a.pdf"), "there is no "),
         (("--text", "one.txt", "a.pdf"), "has no known ending\n    allowed: .txt, .jsonl"),
-        (("--text", "empty.txt"), "holds no text"),
+        (("--text", "empty.txt", "--documents", "out.jsonl"), "holds no text"),
         (("--text", "one.txt", "--documents", "one.txt"), "cannot be made: File exists"),
         (("--text", "one.txt", "--token-losses"), "--token-losses has no effect without --documents"),
         (("--text", "one.txt", "--seq-len", "0"), "--seq-len 0: allowed is at least 1"),
@@ -177,3 +177,4 @@ def test_what_is_refused(
         main([str(run), *options])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "empty.txt", "one.txt"]

@@ -194,3 +194,17 @@ def test_answers_are_sampled_as_asked(run: Path) -> None:
 def test_what_it_does_not_do_is_told(run: Path, how: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         asked(TitanLite(str(run)), "Q", how)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"pth": "x"}, r'--model_args = \["pth"\]\n.*has no path'),
+        ({"path": "x", "lora": 1}, r'--model_args = \["lora"\]\n.*are not known here\n.*path, max_length'),
+        ({"path": "x", "max_batch_size": 4}, r"--max_batch_size = 4\n.*has no effect"),
+        ({"path": "x", "device": "tpu"}, r'--device = "tpu"\n.*is not here\n.*allowed: cpu'),
+    ],
+)
+def test_arguments_that_mean_nothing(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TitanLite(**given)

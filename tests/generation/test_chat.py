@@ -74,6 +74,14 @@ def test_against_transformers(folder: Path) -> None:
     assert theirs.convert_tokens_to_ids("<|turn|>") not in tokenizer.encode(MESSAGES[0]["content"])
 
 
+def test_of_several_templates_the_default_one_is_taken(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
+    named = [{"name": "tool_use", "template": "?"}, {"name": "default", "template": TEMPLATE}]
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | {"chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    assert Chat(built(tmp_path)).ids(MESSAGES) == Chat(built(folder)).ids(MESSAGES)
+
+
 def test_an_answer_ends_with_what_the_template_puts_behind_one(folder: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(folder)
     assert Chat(built(folder)).ends() == {theirs.convert_tokens_to_ids("<|end|>")}

@@ -76,7 +76,8 @@ def test_many_prompts_are_each_what_they_are_alone(run: Path, tmp_path: Path) ->
     assert lines(run, *prompts(PROMPTS), *options) == alone
     assert lines(run, *prompts(PROMPTS), *options, "--batch-size", 2) == alone
     file = tmp_path / "prompts.jsonl"
-    file.write_text("\n".join([json.dumps(PROMPTS[0]), json.dumps({"prompt": PROMPTS[1]}), "", json.dumps("x")]))
+    rows = [json.dumps(PROMPTS[0]), json.dumps({"prompt": PROMPTS[1], "note": "\u2028"}, ensure_ascii=False)]
+    file.write_text("\n".join([*rows, "", json.dumps("x")]))
     assert lines(run, "--prompts", file, *options) == alone
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     shown = printed(run, "--prompts", tmp_path / "prompts.txt", *options)

@@ -51,7 +51,9 @@ def test_a_memory_that_transformers_lacks_is_named(tmp_path: Path) -> None:
     save_random(tmp_path / "run", model_tables(preset="llama3", memory={"type": "xl", "length": 16}))
     report = export(tmp_path / "run", tmp_path / "hf", verified=False)
     assert (report["model_type"], report["memory"]) == ("llama", "xl")
-    assert 'model.memory.type = "xl"' in (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert 'model.memory.type = "xl"' in card
+    assert 'from_pretrained("hf")' in card
 
 
 @pytest.fixture(scope="module")

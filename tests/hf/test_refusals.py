@@ -181,6 +181,12 @@ UNKNOWN: dict[str, tuple[str, str, dict[str, Any], str]] = {
     ),
     "part of a layer": ("stablelm", "stablelm", {"qk_layernorm": True}, "qk_layernorm"),
     "affine": ("opt", "opt", {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine"),
+    "tokens that see all others": (
+        "gemma3_text",
+        "gemma3",
+        {"use_bidirectional_attention": True},
+        "use_bidirectional_attention",
+    ),
     "kind of layer": ("qwen2", "qwen2", {"layer_types": ["linear_attention"] * 4}, "layer_types"),
 }
 

@@ -157,6 +157,15 @@ def no_tokenizer(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
 
 
+def cut_tokenizer(folder: Path) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text()[:1000])
+
+
+def no_table(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("[1]")
+
+
 DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "cut": (cut, rf"{FILE}.*\n.*header is damaged: the tensors take \d+ bytes"),
     "no header": (no_header, rf"{FILE}.*\n.*is no safetensors file, or was cut off"),
@@ -189,9 +198,15 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "a tensor too many": (one_too_many, r"has 1 tensors that its model does not:\n *model\.layers\.0\.mlp\.surplus"),
     "a file elsewhere": (outside, r'lm_head.weight in "?.?\.\./model\S+, which is no safetensors file of this folder'),
     "a folder for a file": (a_folder_as_file, rf"{FILE}.*\n.*cannot be read: Is a directory"),
+    "a word for a number": (
+        config_key(rope_parameters={"rope_type": "default", "rope_theta": "x"}),
+        r"config.json\n.*is no config of a llama model: could not convert string to float: 'x'",
+    ),
     "an activation of their own": (config_key(hidden_act="mish"), r"config.json  hidden_act"),
     "one layer more": (config_key(num_hidden_layers=3), r"lacks 9 tensors of the model:\n.*model.layers.2"),
     "one layer less": (config_key(num_hidden_layers=1), r"has 9 tensors that its model does not:\n.*model.layers.1"),
+    "a tokenizer that is cut": (cut_tokenizer, r'hf/tokenizer.json"\n    is not a tokenizer.json: .*EOF'),
+    "a tokenizer's config that is none": (no_table, r"tokenizer_config.json beside it does not hold a table"),
     "no tokenizer": (no_tokenizer, r"has no tokenizer.json"),
 }
 

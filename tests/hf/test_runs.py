@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tests.hf.checkpoints import save_random
 from tests.hf.test_export import model_tables
 from titan_lite.checkpoint.state import model_tensors
 from titan_lite.config.errors import ConfigError
-from titan_lite.config.load import load_job
+from titan_lite.config.load import job_from_dict, load_job
 from titan_lite.data.pieces import prompt_ids
 from titan_lite.generation import Sampling, generate
 from titan_lite.hf.export import export
@@ -23,6 +25,7 @@ from titan_lite.hf.importer import import_folder
 from titan_lite.hf.loaded import load_theirs
 from titan_lite.models.transformer import Transformer
 from titan_lite.pretrained import load_pretrained
+from titan_lite.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -62,6 +65,17 @@ def test_a_trained_model_goes_on_alike_here_and_there(tmp_path: Path) -> None:
     again, _, _ = load_pretrained(tmp_path / "back", CPU)
     for name, tensor in model.named_parameters():
         assert torch.equal(again.get_parameter(name), tensor)
+
+
+def test_the_folder_of_a_run_has_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    run = save_random(tmp_path / "run", model_tables("llama3"))
+    trainer = Trainer.__new__(Trainer)
+    trainer.job = job_from_dict({"checkpoint": {"enable": True, "last_save_in_hf": True, "export_dtype": "bfloat16"}})
+    assert not any("export_dtype" in told for told in trainer.job.warnings)
+    trainer.folder, trainer.checkpoints = run, SimpleNamespace(folder=run / "checkpoint")
+    trainer.progress = SimpleNamespace(step=7)
+    trainer._export()
+    assert json.loads((run / "hf-step-7" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_a_run_is_filled_from_a_folder(tmp_path: Path) -> None:

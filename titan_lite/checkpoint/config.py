@@ -50,7 +50,8 @@ class Checkpoint(ConfigBase):
     """Beside the checkpoint of the last step, make job.dump_folder/hf-step-N of it, verified, as
     scripts/convert_to_hf.py does: once training is over, by the first rank alone."""
     export_dtype: Literal["float16", "bfloat16", "float32"] = "float32"
-    """Type of the weights in a save with last_save_model_only."""
+    """Type of the weights in a save with last_save_model_only, and in the folder of last_save_in_hf, where they stay
+    what they are by default."""
     async_mode: Literal["disabled", "async", "async_with_pinned_mem"] = "disabled"
     """Write in the background, after copying to host memory (page-locked with async_with_pinned_mem)."""
     keep_latest_k: Annotated[Count, AfterValidator(_not_one)] = 10
@@ -103,7 +104,7 @@ class Checkpoint(ConfigBase):
             for key, default in idle:
                 if getattr(self, key) != default:
                     yield f"checkpoint.{key} has no effect: checkpoint.enable is false"
-        if self.export_dtype != "float32" and not self.last_save_model_only:
-            yield "checkpoint.export_dtype has no effect: checkpoint.last_save_model_only is false"
+        if self.export_dtype != "float32" and not (self.last_save_model_only or self.last_save_in_hf):
+            yield "checkpoint.export_dtype has no effect: checkpoint.last_save_model_only and last_save_in_hf are false"
         if self.create_seed_checkpoint:
             yield "checkpoint.create_seed_checkpoint is not honoured: every layout starts from the same weights"

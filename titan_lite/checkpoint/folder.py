@@ -38,8 +38,11 @@ def list_steps(folder: Path) -> list[int]:
     return sorted(int(match[1]) for name in names if (match := STEP.fullmatch(name)))
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The step folder meant by `path`: a step folder, a checkpoint folder or a dump folder (their newest step)."""
+def find_checkpoint(path: str | Path, otherwise: str = "") -> Path:
+    """The step folder meant by `path`: a step folder, a checkpoint folder or a dump folder (their newest step).
+
+    ConfigError where there is none; `otherwise` is what else the caller would have taken.
+    """
     path = Path(path)
     if (path / MANIFEST).is_file() or STEP.fullmatch(path.name):
         if not path.is_dir():
@@ -55,7 +58,7 @@ def find_checkpoint(path: str | Path) -> Path:
     why = "the folder does not exist" if not path.exists() else "there is no checkpoint in it"
     if children:
         why = f"more than one folder in it has checkpoints: {', '.join(sorted(child.name for child in children))}"
-    allowed = "a step-N folder, a checkpoint folder or a run's dump folder"
+    allowed = f"a step-N folder, a checkpoint folder or a run's dump folder{otherwise}"
     raise ConfigError.at(str(path), why, allowed=allowed, code=FILE_MISSING)
 
 

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from tqdm import tqdm
 
-from titan_lite.config.errors import NOT_ALLOWED, ConfigError
+from titan_lite.config.errors import NOT_ALLOWED, NOT_HERE, ConfigError
 from titan_lite.evaluation.scoring import Scores, scorer
 from titan_lite.generation import Request, Sampling, decode
 from titan_lite.generation.chat import Chat
@@ -35,6 +36,17 @@ CHAT: Final = "--apply_chat_template"
 """The harness's option for conversations."""
 
 
+def device_of(name: str | None) -> torch.device:
+    """The harness's --device; without one, where models run by themselves. ConfigError where it is not there."""
+    if name is None:
+        return pick_device()
+    there = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    chosen = "cuda:0" if name == "cuda" else name
+    if chosen not in there:
+        raise ConfigError.at("--device", "is not here", name, ", ".join(there), code=NOT_HERE)
+    return torch.device(chosen)
+
+
 @register_model("titan_lite")
 class TitanLite(TemplateLM):
     """A checkpoint or Hugging Face folder at `path`, read in windows of `max_length` tokens (default: its training's).
@@ -46,17 +58,24 @@ class TitanLite(TemplateLM):
 
     def __init__(
         self,
-        path: str,
+        path: str = "",
         max_length: int | None = None,
         batch_size: int | str = 8,
         seed: int = 0,
         max_batch_size: int | None = None,
         device: str | None = None,
+        **others: Any,
     ):
         super().__init__()
+        if others or not path:
+            why = "has no path" if not path else "has arguments that are not known here"
+            raise ConfigError.at("--model_args", why, sorted(others), "path, max_length, seed", code=NOT_ALLOWED)
+        if max_batch_size is not None:
+            why = "has no effect: batch_size is the number of texts"
+            raise ConfigError.at("--max_batch_size", why, max_batch_size, code=NOT_ALLOWED)
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError.at("batch_size", "is no number of texts", batch_size, "at least 1", code=NOT_ALLOWED)
-        self.loaded = load_pretrained(Path(path), pick_device())
+        self.loaded = load_pretrained(Path(path), device_of(device))
         self.engine = self.loaded.engine()
         self.max_length = int(max_length or self.loaded.job.training.seq_len)
         self.batch_size, self.seed = int(batch_size), int(seed)

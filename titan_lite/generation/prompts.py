@@ -16,7 +16,7 @@ def read_prompts(path: Path) -> list[str]:
     ConfigError with the line where something else stands there, and for a file without a prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines would also split at what texts may hold
     except OSError as error:
         raise ConfigError.at(str(path), f"cannot be read: {error.strerror}", code=FILE_MISSING) from None
     except UnicodeDecodeError as error:

@@ -68,7 +68,6 @@ A language model trained with titan_lite.
 {table}
 ```python
 {loads}
-tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 `conversion_report.json` says how this folder was made from the checkpoint and what was compared.

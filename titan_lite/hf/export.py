@@ -112,7 +112,7 @@ def export(
     with beside(out) as folder:
         check_room(folder, target.tensors, chosen)
         with quiet_transformers():
-            write_configs(folder, opened, target, chosen)
+            write_configs(folder, out.name, opened, target, chosen)
         written = write_shards(folder, target.tensors, chosen, shard_size)
         if damage := opened.damage.result():
             raise ConfigError(damage)
@@ -210,8 +210,8 @@ def check_room(folder: Path, tensors: Source, dtype: torch.dtype) -> None:
         raise ConversionError(f"{folder.parent} has {show_bytes(free)} left, and the weights need {show_bytes(need)}")
 
 
-def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dtype) -> None:
-    """Everything but weights and report."""
+def write_configs(folder: Path, name: str, opened: Pieces, target: Target, dtype: torch.dtype) -> None:
+    """Everything but weights and report. `name` is what the folder will be called."""
     from transformers import CONFIG_MAPPING, GenerationConfig
 
     from titan_lite.hf.modelling import REMOTE_CODE, REMOTE_FILE  # also makes our own config known
@@ -228,33 +228,39 @@ def write_configs(folder: Path, opened: Pieces, target: Target, dtype: torch.dty
     ends = [first, *others] if others else first
     generation = GenerationConfig(bos_token_id=tokenizer.bos_id, eos_token_id=ends, suppress_tokens=unused or None)
     generation.save_pretrained(folder)
-    for name, content in tokenizer_files(tokenizer, opened.begin, opened.shape.context_len, pad).items():
-        write_bytes(folder / name, content)
-    custom = target.model_type == OWN
-    if custom:
+    for file, content in tokenizer_files(tokenizer, opened.begin, opened.shape.context_len, pad).items():
+        write_bytes(folder / file, content)
+    if target.model_type == OWN:
         write_text(folder / f"{REMOTE_FILE}.py", REMOTE_CODE)
+    write_card(folder, name, opened, target)
+
+
+def write_card(folder: Path, name: str, opened: Pieces, target: Target) -> None:
+    """README.md of a folder that is to be called `name`."""
+    custom = target.model_type == OWN
     permission = ", trust_remote_code=True)  # the package titan_lite must be installed" if custom else ")"
-    name = opened.job.job.description or "model"
     autos = ["AutoModelForCausalLM", *(["AutoModelForSequenceClassification"] if target.reward_class else [])]
-    loads = f"from transformers import {', '.join([*autos, 'AutoTokenizer'])}\n"
-    loads += f'\nmodel = AutoModelForCausalLM.from_pretrained("{name}"{permission}'
+    loads = f"from transformers import {', '.join([*autos, 'AutoTokenizer'])}\n\n"
+    loads += f'model = AutoModelForCausalLM.from_pretrained("{name}"{permission}\n'
+    loads += f'tokenizer = AutoTokenizer.from_pretrained("{name}")'
     found = losses(opened.folder, opened.manifest.step)
     what = f"{target.class_name} ({target.model_type})"
     if depth := opened.shape.model.mtp.depth:
         what += f"; predicts {depth} further tokens (`model.mtp`), which `scripts/generate.py --ahead` uses"
-    if not custom and (memory := _memory(opened)) != "none":
-        what += (
-            f'; trained with a memory of earlier segments (`model.memory.type = "{memory}"`), which it is without here'
-        )
+    if (memory := _memory(opened)) != "none":
+        what += f'; trained with a memory of earlier segments (`model.memory.type = "{memory}"`), which it is without'
+        what += " in transformers"
     if target.reward_class:
         what += f"; as {target.reward_class} it rewards texts"
         loads += f'\nrewards = AutoModelForSequenceClassification.from_pretrained("{name}"{permission}'
-        loads += f"\n# rewards(**texts).logits[:, 0], of texts that end with token {tokenizer.eos_id}, as in training"
-    write_text(folder / "README.md", model_card(name, opened.manifest, opened.train_state, found, what, loads))
+        end = opened.tokenizer.eos_id
+        loads += f"\n# rewards(**texts).logits[:, 0], of texts that end with token {end}, as in training"
+    title = opened.job.job.description or name
+    write_text(folder / "README.md", model_card(title, opened.manifest, opened.train_state, found, what, loads))
 
 
 def _memory(opened: Pieces) -> str:
-    """The model's memory of earlier segments, which the architectures of transformers do not have."""
+    """The model's memory of earlier segments, which none has that transformers runs."""
     kind: str = opened.job.model.memory.model_dump()["type"]
     return kind
 

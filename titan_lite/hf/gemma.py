@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from titan_lite.config.errors import CROSS_FIELD, ConfigError
 from titan_lite.hf.llama import SIZES, LlamaLike
 from titan_lite.hf.normal_form import Tables
 from titan_lite.hf.rope import Rope, position, rope_parameters
@@ -38,8 +39,22 @@ class PositionsByLayer:
         return tables | {"layers": [{"at": numbers(local), "attention": there}]}
 
 
+class Causal:
+    """Tokens that see those before them only. Encoders made of Gemma 3 (EmbeddingGemma) say that theirs see all."""
+
+    def to_hf(self, model: View) -> Tables:
+        return {}
+
+    def from_hf(self, settings: Mapping[str, Any]) -> Tables:
+        key = "use_bidirectional_attention"
+        if value := settings.get(key):
+            raise ConfigError.at(key, "is not supported: tokens see those before them only", value, code=CROSS_FIELD)
+        return {}
+
+
 SHARED: Final[tuple[Setting, ...]] = (
     *SIZES,
+    Causal(),
     Key("norm.eps", "rms_norm_eps"),
     Key("attention.head_dim", "head_dim"),
     Key("attention.scale", "query_pre_attn_scalar", _scalar, lambda scalar: scalar**-0.5),

@@ -22,6 +22,7 @@ from titan_lite.config.errors import CROSS_FIELD, FILE_MISSING, ConfigError
 from titan_lite.config.load import job_from_dict, to_toml
 from titan_lite.config.toml import toml_text
 from titan_lite.data.tokenizer import Tokenizer
+from titan_lite.data.tokenizers.huggingface import from_file
 from titan_lite.generation.ends import EOS, GENERATION, listed_ends
 from titan_lite.hf.beside import beside
 from titan_lite.hf.export import MODEL_TYPE, check_room
@@ -94,7 +95,7 @@ def write_import(imported: Imported, out: Path) -> Job:
         (folder / "tokenizer").mkdir()
         for name, content in imported.tokenizer.items():
             write_bytes(folder / "tokenizer" / name, content)
-        tables, tokenizer = _job_tables(imported, folder, out.absolute())
+        tables, tokenizer = _job_tables(imported, out.absolute())
         job = job_from_dict(tables, files=False)
         left_out = "".join(f"# {text}.\n" for text in imported.left_out)
         head = HEADER.format(source=imported.origin, left_out=left_out)
@@ -131,13 +132,13 @@ def end_of_text(folder: Folder) -> str:
     """Number of the end of text as text, where the config has one: of several ends the first."""
     named = folder.settings.get(EOS)
     end = named[0] if isinstance(named, list) and named else named
-    return str(end if isinstance(end, int) else "")
+    return str(end if isinstance(end, int) and end >= 0 else "")
 
 
-def _job_tables(imported: Imported, folder: Path, out: Path) -> tuple[Tables, Tokenizer]:
-    """The tables of config.toml, and the tokenizer; `folder` is where its files are now, `out` where they will be."""
+def _job_tables(imported: Imported, out: Path) -> tuple[Tables, Tokenizer]:
+    """The tables of config.toml, and the tokenizer, whose files will be in `out`."""
     kind, name = ("sentencepiece", PIECES) if PIECES in imported.tokenizer else ("huggingface", "tokenizer.json")
-    choice: dict[str, Any] = {"type": kind, "path": str(folder / "tokenizer" / name)}
+    choice: dict[str, Any] = {"type": kind, "path": str(Path(imported.origin) / name)}
     if imported.choice is not None:
         choice = dict(imported.choice)
     tokenizer = built_tokenizer(choice, imported.eos)
@@ -165,9 +166,7 @@ def built_tokenizer(choice: dict[str, Any], eos: str) -> Tokenizer:
     except ConfigError:
         if choice["type"] != "huggingface" or not eos:
             raise
-        from tokenizers import Tokenizer as Pipeline
-
-        choice["eos"] = Pipeline.from_file(choice["path"]).id_to_token(int(eos)) or ""
+        choice["eos"] = from_file(Path(choice["path"])).id_to_token(int(eos)) or ""
         return Tokenizer.Config.choose(choice).build()
 
 

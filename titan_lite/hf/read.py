@@ -75,6 +75,8 @@ def open_folder(path: Path) -> Folder:
         tables = architecture.tables(stored)
     except ConfigError as error:
         raise ConfigError(replace(problem, file=str(file)) for problem in error.problems) from None
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # a setting of another type
+        raise ConfigError.at(str(file), f"is no config of a {model_type} model: {error}") from None
     merge(tables, {"head": {"reward": reward_table(str(path), stored_weights(path, block).meta)}})
     return Folder(path, model_type, architecture, tables, int(context_len), stored, block)
 

@@ -76,13 +76,16 @@ def padding_token(tokenizer: Tokenizer) -> int | None:
 
 
 def chat_template(tokenizer: Tokenizer) -> bytes | None:
-    """The template that lies beside the tokenizer's file, or in its config."""
+    """The template that lies beside the tokenizer's file, or in its config: of several the one named "default"."""
     if not isinstance(tokenizer, HuggingFace):
         return None
     file = tokenizer.config.file()
     if file is not None and (beside := file.parent / TEMPLATE).is_file():
         return beside.read_bytes()
     template = _side_config(tokenizer).get("chat_template")
+    if isinstance(template, list):
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
     return template.encode() if isinstance(template, str) else None
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
@@ -211,12 +211,20 @@ def main(given: list[str] | None = None) -> int:
     return 0
 
 
-def new_file(path: Path) -> TextIO:
-    """Opened to be written. ConfigError where there is one already: nothing is overwritten."""
+@contextmanager
+def new_file(path: Path) -> Iterator[TextIO]:
+    """Opened to be written, and removed where that fails. ConfigError where there is one already: nothing is
+    overwritten."""
     try:
-        return path.open("x", encoding="utf-8")
+        out = path.open("x", encoding="utf-8")
     except OSError as error:
         raise ConfigError.at("--documents", f"cannot be made: {error.strerror}", str(path)) from None
+    with out:
+        try:
+            yield out
+        except BaseException:
+            path.unlink()
+            raise
 
 
 if __name__ == "__main__":

@@ -23,6 +23,11 @@ logger = logging.getLogger(__name__)
 def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, config: Generation) -> None:
     """Logs one continuation per prompt. All ranks take part: a sharded model needs them in each forward."""
     sampling = Sampling.of(config)
+    try:
+        ends = ends_of(tokenizer)
+    except ConfigError as error:  # a file beside the tokenizer's has been damaged: nothing that a run ends with
+        logger.error("No sample: %s", error)
+        return
     for prompt in config.prompts:
         ids = prompt_ids(tokenizer, bos, prompt)
         with evaluating(training.model):
@@ -34,7 +39,7 @@ def log_samples(training: Training, tokenizer: Tokenizer, bos: bool | None, conf
                 config.seed,
                 training.world.device,
                 tokenizer.vocab_size,
-                ends_of(tokenizer),
+                ends,
                 training.world.broadcast,
                 training.decoding(),
             )

@@ -62,7 +62,7 @@ class HuggingFace(Tokenizer):
         self.backend.no_padding()
         vocabulary = self.backend.get_vocab(with_added_tokens=True)
         self.side_files = {} if file is None else side_files(file.parent)
-        named = special_names(self.side_files)
+        named = special_names(self.side_files, config.path)
         eos_names = (*named.get("eos_token", ()), *EOS_NAMES)
         bos_names = (*named.get("bos_token", ()), *BOS_NAMES)
         self.eos_id = required_eos(special_id("tokenizer.eos", config.eos, eos_names, vocabulary), config.path)
@@ -150,14 +150,16 @@ def side_files(folder: Path) -> dict[str, bytes]:
     return {name: read_vocabulary(folder / name) for name in SIDE_FILES if (folder / name).is_file()}
 
 
-def special_names(files: dict[str, bytes]) -> dict[str, list[str]]:
-    """{"eos_token": [...], "bos_token": [...]} as the side files name them."""
+def special_names(files: dict[str, bytes], path: str) -> dict[str, list[str]]:
+    """{"eos_token": [...], "bos_token": [...]} as the files beside `path` name them."""
     names: dict[str, list[str]] = {}
     for name, content in files.items():
         try:
             table = json.loads(content)
         except ValueError as error:
-            raise ConfigError.at("tokenizer.path", f"{name} beside it is not valid JSON: {error}") from error
+            raise ConfigError.at("tokenizer.path", f"{name} beside it is not valid JSON: {error}", path) from error
+        if not isinstance(table, dict):
+            raise ConfigError.at("tokenizer.path", f"{name} beside it does not hold a table", path)
         for role in ("eos_token", "bos_token"):
             token = table.get(role)
             token = token.get("content") if isinstance(token, dict) else token
