@@ -123,6 +123,20 @@ def test_positions_that_count_from_the_beginning_refuse_padding(model: Any) -> N
 
 
 @torch.no_grad()
+def test_what_these_models_do_not_do_is_refused(model: Any) -> None:
+    whole = model(prompts()).logits
+    picked = model(prompts(), logits_to_keep=torch.tensor([2, 7])).logits
+    torch.testing.assert_close(picked, whole[:, [2, 7]], atol=1e-5, rtol=0)
+    positions = torch.arange(12).expand(2, -1)
+    assert torch.equal(model(prompts(), position_ids=positions).logits, whole)
+    with pytest.raises(ValueError, match="count on from each token to the next"):
+        model(prompts(), position_ids=positions % 6)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(ValueError, match=f"{name} is not supported"):
+            model(prompts(), **{name: True})
+
+
+@torch.no_grad()
 def test_beams_find_nothing_worse_than_greedy(model: Any) -> None:
     ids = prompts()[:1]
     options = {"max_new_tokens": 8, "min_new_tokens": 8, "attention_mask": torch.ones_like(ids), "length_penalty": 0.0}

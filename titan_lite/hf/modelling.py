@@ -7,7 +7,7 @@ this module was imported before, it needs no such permission.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Final, cast
 
 import torch
@@ -140,6 +140,25 @@ def chosen(slot: SlotConfig | None) -> bool:
     return slot is not None and slot.model_dump()["type"] != "none"
 
 
+def refuse(options: Mapping[str, Any]) -> None:
+    """ValueError for what callers may ask for and these models do not give."""
+    for name in ("inputs_embeds", "labels", "output_attentions", "output_hidden_states", "token_type_ids"):
+        value = options.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name} is not supported by models of titan_lite")
+
+
+def check_positions(position_ids: Tensor | None, attention_mask: Tensor | None) -> None:
+    """ValueError for positions that do not count on from one token to the next, as those of packed texts."""
+    if position_ids is None:
+        return
+    steps = position_ids.diff(dim=-1)
+    if attention_mask is not None:
+        steps = steps[(attention_mask[:, -position_ids.shape[1] : -1] != 0).expand(steps.shape)]
+    if (steps != 1).any():
+        raise ValueError("position_ids have to count on from each token to the next: these models read one text a row")
+
+
 class TitanLiteModel(PreTrainedModel):
     """The transformer of this package, with all of its heads."""
 
@@ -189,18 +208,25 @@ class TitanLiteForCausalLM(TitanLiteModel, GenerationMixin):
         past_key_values: GrowingCache | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
-        logits_to_keep: int = 0,
-        **unused: Any,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        **options: Any,
     ) -> CausalLMOutputWithPast:
-        """Ids (B, T) -> logits (B, T, V), of the last `logits_to_keep` positions where it is not 0.
+        """Ids (B, T) -> logits (B, T, V), of the last `logits_to_keep` positions where it is not 0, or of those that it
+        lists.
 
-        Rows of one batch may be padded on their left. ValueError where a model has positions that this would shift.
+        Rows of one batch may be padded on their left. ValueError where a model has positions that this would shift, and
+        for what is not done here: `position_ids` that do not count on, hidden states, attention weights, embeddings.
         """
+        refuse(options)
+        check_positions(position_ids, attention_mask)
         cache = past_key_values if past_key_values is not None else GrowingCache()
         if cache.length == 0 and attention_mask is not None:
             cache.padding = self._padding(attention_mask)
 
         def consume(x: Tensor, output: Output) -> Tensor:
+            if isinstance(logits_to_keep, Tensor):
+                return output.logits(x[:, logits_to_keep])
             return output.logits(x[:, -logits_to_keep:] if logits_to_keep else x)
 
         needed = use_cache or past_key_values is not None or cache.padding is not None
@@ -221,11 +247,17 @@ class TitanLiteForSequenceClassification(TitanLiteModel):
             raise ValueError('this model has no reward head: it was trained with model.head.reward.type = "none"')
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **unused: Any
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        **options: Any,
     ) -> SequenceClassifierOutputWithPast:
         """Ids (B, T) -> rewards (B, 1), read at the last token of each row that the mask shows, or without a mask at
         the last that is not the config's `pad_token_id`.
         """
+        refuse(options)
+        check_positions(position_ids, attention_mask)
         cache, shown = GrowingCache(), attention_mask
         if attention_mask is not None:
             cache.padding = self._padding(attention_mask)
