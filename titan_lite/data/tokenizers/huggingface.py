@@ -179,7 +179,7 @@ def special_names(files: dict[str, bytes]) -> dict[str, list[str]]:
 
 
 def without_prefix(steps: Any) -> Any:
-    """A normalizer or pre-tokenizer of a tokenizer.json, but without a space before texts; None where nothing is left."""
+    """A normalizer or pre-tokenizer of a tokenizer.json, but for a space before texts; None where nothing is left."""
     match steps:
         case {"type": "Prepend"}:
             return None
