@@ -265,7 +265,7 @@ def _of_rank(
     not_modelled = (*_not_modelled(job, model, device, rehearsal), *ALWAYS_LEFT_OUT)
     specs = collect_specs(model)
     keys = job.model.memory.keys(job.training.seq_len)
-    formula = training_flops_per_token(model, specs, keys)
+    formula = training_flops_per_token(model, specs, keys, logits=job.objective.logits_per_token)
     formula += anew_flops_per_token(model, job.model.memory.anew(job.training.seq_len))
     live = memory.peak.total
     assumed = assumed or Assumptions()

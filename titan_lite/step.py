@@ -55,7 +55,7 @@ class Training:
     noise: Callable[[int, Tensor], Noise | None]
     """From the step and a micro-batch's rows to what its dropout draws from; None where the model drops nothing."""
     token_weight: Callable[[float], Tensor | None]
-    """From the targets of the global batch to one token's weight; None where no module asks for it."""
+    """From the tokens of the global batch to the weight of one; None where no module asks for it."""
     iterations: Callable[[int], Iterations | None]
     """From the step to how often a recurrent stack iterates; None for other stacks."""
     loss_weights: Callable[[Counted, float], tuple[float, ...]]
@@ -123,6 +123,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         ranks=model.ranks,
         gather=job.parallelism.disable_loss_parallel,
     )
+    n_keys = job.model.memory.keys(job.training.seq_len)
     objective = objective_of(job, model, cross_entropy(z_loss=job.training.z_loss))
     return Training(
         world=world,
@@ -137,7 +138,7 @@ def build(job: Job, world: World, precision: Precision, vocab_size: int, blank: 
         token_weight=partial(token_weight, world.device) if weighs_tokens(model) else no_token_weight,
         iterations=partial(model.stack.iterations, job.debug.seed),
         loss_weights=partial(objective.loss_weights, world.total),
-        work=cache(partial(relative_flops, model, specs, job.model.memory.keys(job.training.seq_len))),
+        work=cache(partial(relative_flops, model, specs, n_keys, job.objective.logits_per_token)),
         memory=memory,
         reading=partial(memory.reading, seq_len=job.training.seq_len),
         decoding=partial(memory.decoding, job.training.seq_len),
@@ -174,7 +175,8 @@ def step(training: Training, batches: Sequence[MicroBatch], n_tokens: float, ind
         group["lr"] = lr
     model = training.model
     weights = training.loss_weights(((batch.targets, batch.documents) for batch in batches), n_tokens)
-    losses = (partial(remembered_loss, training, batch, n_tokens, index, weights) for batch in batches)
+    n_inputs = training.world.dp_size * sum(batch.tokens.numel() for batch in batches)
+    losses = (partial(remembered_loss, training, batch, n_tokens, index, weights, n_inputs) for batch in batches)
     loss = training.world.forward_backward(model, losses, last=len(batches) - 1)
     norm = clip_gradients(list(model.parameters()), training.max_norm, training.world.stages, model.copies())
     training.optimizer.step()
@@ -190,14 +192,20 @@ def metrics(training: Training) -> dict[str, Tensor]:
 
 
 def remembered_loss(
-    training: Training, batch: MicroBatch, n_tokens: float, index: int, weights: tuple[float, ...], model: Transformer
+    training: Training,
+    batch: MicroBatch,
+    n_tokens: float,
+    index: int,
+    weights: tuple[float, ...],
+    n_inputs: float,
+    model: Transformer,
 ) -> Tensor:
     """`mean_loss` of rows that go on where those of the step before ended; they remember this step for the next.
 
     `model` is the training's, or a pipeline stage of it, whose part of the loss this is.
     """
     memory = training.memory.of(batch.rows)
-    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, weights)
+    loss = mean_loss(replace(training, model=model), batch, n_tokens, index, memory, weights, n_inputs)
     if memory is not None:
         memory.advance(batch.documents.to(training.world.device, non_blocking=True))
     return loss
@@ -210,10 +218,14 @@ def mean_loss(
     index: int,
     memory: Memory | None = None,
     loss_weights: tuple[float, ...] = (),
+    n_inputs: float | None = None,
 ) -> Tensor:
-    """This micro-batch's share of the mean over the global batch of step `index`."""
+    """This micro-batch's share of the mean over the global batch of step `index`.
+
+    `n_inputs`: all tokens that the model reads in it, where they are not as many as its targets.
+    """
     device = training.world.device
     tokens, targets, documents = (part.to(device, non_blocking=True) for part in batch[:3])
-    noise, token_weight = training.noise(index, batch.rows), training.token_weight(n_tokens)
+    noise, token_weight = training.noise(index, batch.rows), training.token_weight(n_inputs or n_tokens)
     facts = TrainingFacts(noise, token_weight, training.iterations(index), loss_weights)
     return training.objective(training.model, tokens, targets, documents, facts, memory) / n_tokens

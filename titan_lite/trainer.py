@@ -57,7 +57,7 @@ class Progress:
     step: int
     """Optimizer steps done."""
     tokens_seen: int
-    """Targets trained on, over all ranks."""
+    """Tokens of text trained on, over all ranks: see `Objective.n_read`."""
     global_batch_size: int
     """Rows per step; they are lanes of the data, so the number stays for the run's life."""
     seed: int
@@ -283,10 +283,11 @@ class Trainer:
             batch = next(batches)
             data_seconds = time.perf_counter() - began
             # All ranks' token counts and stop requests meet before a step; a request is served at the end of the last.
-            tokens, stopping = world.total((batch.targets != IGNORE).sum().item(), bool(self.stop))
+            n_read = self.training.objective.n_read(batch.targets, batch.documents)
+            targets, tokens, stopping = world.total((batch.targets != IGNORE).sum().item(), n_read, bool(self.stop))
             if stopping:
                 return
-            result = step(self.training, self._micro_batches(batch), tokens, progress.step)
+            result = step(self.training, self._micro_batches(batch), targets, progress.step)
             progress.step += 1
             progress.tokens_seen += int(tokens)
             self.cursors = batch.cursors

@@ -127,6 +127,7 @@ def test_differences_are_all_reported_by_name(tmp_path: Path) -> None:
     text = str(error.value)
     for part in (
         "lacks 1 tensors of this run",
+        "exclude_from_loading = ",
         '"model.new"',
         '"model.w": [9, 5], this run [9, 6]',
         '"model.b": bfloat16, this run float32',

@@ -16,6 +16,7 @@ import tokenizers as tokenizers_library
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+from tokenizers import models, normalizers, pre_tokenizers
 
 from tests.data.common import raw_bytes, tokenizer
 from titan_lite.config.errors import ConfigError
@@ -109,6 +110,32 @@ def test_sentencepiece_continues_a_document_without_a_space_between() -> None:
     both = [*subject.encode(TEXT[:cut]), *subject.encode(TEXT[cut:], continued=True)]
     assert both == subject.encode(TEXT).tolist()
     assert both != [*subject.encode(TEXT[:cut]), *subject.encode(TEXT[cut:])]
+
+
+PREFIXED: dict[str, dict[str, Any]] = {
+    "a normalizer": {
+        "normalizer": normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    },
+    "metaspaces": {"pre_tokenizer": pre_tokenizers.Metaspace()},
+    "metaspaces in a sequence": {
+        "pre_tokenizer": pre_tokenizers.Sequence([pre_tokenizers.Metaspace(prepend_scheme="first")])
+    },
+}
+
+
+@pytest.mark.parametrize("name", PREFIXED)
+def test_hugging_face_files_continue_a_text_without_a_space_between(name: str, tmp_path: Path) -> None:
+    """An answer behind its prompt: vocabulary in which "▁a" is another token than "a"."""
+    vocabulary = {"</s>": 0, "\u2581": 1, "a": 2, "b": 3, "\u2581a": 4, "\u2581b": 5}
+    backend = tokenizers_library.Tokenizer(models.BPE(vocabulary, [("\u2581", "a"), ("\u2581", "b")]))
+    for part, steps in PREFIXED[name].items():
+        setattr(backend, part, steps)
+    backend.add_special_tokens(["</s>"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    subject = tokenizer(type="huggingface", path=str(tmp_path / "tokenizer.json"))
+    assert subject.encode("ab a").tolist() == [4, 3, 4]
+    assert [*subject.encode("a"), *subject.encode("b a", continued=True)] == [4, 3, 4]
+    assert subject.encode("b").tolist() == [5]
 
 
 def test_tiktoken_file_equals_mistrals_own_tokenizer(tekken: dict[str, Any], tmp_path: Path) -> None:

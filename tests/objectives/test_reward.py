@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from tests.runs import VOCAB, build_tiny, full
+from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
 from titan_lite.config.load import job_from_dict
+from titan_lite.models.flops import training_flops_per_token
 from titan_lite.models.module import collect_metrics
 from titan_lite.objectives.reward import LOSSES
 from titan_lite.run.signals import StopFlag
@@ -85,12 +89,14 @@ def sections(reward: dict[str, Any] | None = None, model: dict[str, Any] | None 
     } | more
 
 
-def run(tables: dict[str, Any]) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, float]]:
+def run(
+    tables: dict[str, Any], make: Callable[[int], MicroBatch] = rows
+) -> tuple[list[float], list[float], dict[str, Tensor], dict[str, float]]:
     """Losses, norms, all parameters, and the metrics of the last step."""
     job, training = build_tiny(tables)
     world, losses, norms = training.world, [], []
     for index in range(STEPS):
-        whole = rows(index)
+        whole = make(index)
         share = len(whole.tokens) // world.dp_size
         mine = [part[world.dp_rank * share : (world.dp_rank + 1) * share] for part in whole]
         layout = job.parallelism
@@ -128,6 +134,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "reward": {"loss": "contrastive"},
         "model": {"ffn": {"type": "moe", "experts": {"hidden": 16}, "balance": ["sequence"]}},
     },
+    "tied": {"model": {"head": {"tied": True, "reward": "linear"}}},
     "narrow rows": {
         "reward": {"lm_weight": 1.0},
         "model": {"embedding": {"type": "low_rank", "width": 24}, "head": {"tied": True, "reward": "linear"}},
@@ -154,8 +161,8 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
     "tensor": ("rewards alone", {"parallelism": {"tensor_parallel_degree": 2}}),
     "tensor, tied": ("with next tokens", {"parallelism": {"tensor_parallel_degree": 2}}),
     "tensor, narrow rows": ("narrow rows", {"parallelism": {"tensor_parallel_degree": 2}}),
-    "pipeline": (
-        "rewards alone",
+    "pipeline, whose last stage has a table that nothing trains there": (
+        "tied",
         {"parallelism": {"pipeline_parallel_degree": 2, "pipeline_parallel_microbatch_size": 4}},
     ),
     "experts": (
@@ -186,6 +193,33 @@ def test_all_that_takes_part_learns(serial: dict[str, Any]) -> None:
         _, training = build_tiny(sections(**OBJECTIVES[name]))
         still = {n for n, p in training.model.named_parameters() if torch.equal(full(p), serial[name][2][n])}
         assert still == frozen
+
+
+def test_without_next_tokens_targets_do_not_matter(serial: dict[str, Any]) -> None:
+    """Nor for the losses that experts add, which are of all tokens."""
+
+    def few(index: int) -> MicroBatch:
+        whole = rows(index)
+        targets = torch.full_like(whole.targets, -100)
+        targets[0, 2] = whole.targets[0, 2]
+        return whole._replace(targets=targets)
+
+    assert_same(run(sections(**OBJECTIVES["experts"]), few), serial["experts"])
+
+
+def test_work_is_that_of_all_that_is_read_and_of_the_logits_that_are_made() -> None:
+    """Next tokens cost 3 products with the output matrix for each token of the better texts, and nothing else."""
+    whole, flops, expected = rows(0), [], []
+    for weight in (0.0, 0.5):
+        job, training = build_tiny(sections(reward={"lm_weight": weight}))
+        with FlopCounterMode(display=False) as counter:
+            step(training, [whole], 1.0, 0)
+        flops.append(counter.get_total_flops() / whole.tokens.numel())
+        share = job.objective.logits_per_token
+        expected.append(training_flops_per_token(training.model, training.specs, T, logits=share))
+        lengths = [5 + 3 * row % 11 for row in range(8)]
+        assert training.objective.n_read(whole.targets, whole.documents) == sum(lengths)
+    assert flops[1] - flops[0] == expected[1] - expected[0] > 0
 
 
 def test_the_logits_are_those_of_a_model_without_it() -> None:
@@ -301,6 +335,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "validation.dataset",
         "held-out pairs of data.source",
     ),
+    "one text twice": (
+        {"data": {"source": {"type": "pairs", "path": PAIRS, "rejected_key": "chosen"}}},
+        "data.source.rejected_key",
+        "is chosen_key too",
+    ),
+    "no key": (
+        {"data": {"source": {"type": "pairs", "path": PAIRS, "chosen_key": ""}}},
+        "data.source.chosen_key",
+        "names no key",
+    ),
     "pairs without the objective": ({"objective": {"type": "lm"}}, "data.source.type", "reads plain text"),
 }
 
@@ -313,3 +357,13 @@ def test_what_does_not_go_together_is_refused(name: str) -> None:
         job_from_dict(sections() | changes | {"model": model})
     (found,) = (problem for problem in caught.value.problems if problem.key == key)
     assert why in found.why
+
+
+def test_a_term_of_a_loss_that_is_not_minimised_is_told() -> None:
+    def told(weight: float) -> list[str]:
+        job = job_from_dict(sections(reward={"lm_weight": weight}, training={"z_loss": 1e-4}))
+        return [line for line in notices(job, 1) if "z_loss" in line]
+
+    assert told(0.5) == []
+    (line,) = told(0.0)
+    assert "training.z_loss = 0.0001 has no effect" in line

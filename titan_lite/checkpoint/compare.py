@@ -13,6 +13,7 @@ from titan_lite.checkpoint.index import INDEX, Index
 from titan_lite.config.errors import BAD_INPUT, Problem, show
 
 SHOWN = 20  # names listed of each kind of difference
+ANEW = "checkpoint.exclude_from_loading = [the names, or their beginnings] of what is to start anew"
 
 
 def selects(names: Sequence[str], key: str) -> bool:
@@ -40,7 +41,8 @@ def tensor_problems(folder: Path, index: Index, tensors: Mapping[str, Tensor], c
         "shape": "{n} tensors have another shape in the checkpoint",
         "dtype": "{n} tensors have another dtype in the checkpoint, and values are never cast silently",
     }
-    return [_listed(folder, texts[kind], names) for kind, names in found.items() if names]
+    allowed = {"missing": ANEW}
+    return [_listed(folder, texts[kind], names, allowed.get(kind, "")) for kind, names in found.items() if names]
 
 
 def unexpected(folder: Path, index: Index, wanted: set[str]) -> list[Problem]:
@@ -72,10 +74,10 @@ def flatten(prefix: str, tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}.{key}", value
 
 
-def _listed(folder: Path, text: str, names: list[str]) -> Problem:
+def _listed(folder: Path, text: str, names: list[str], allowed: str = "") -> Problem:
     more = [f"... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
     lines = "".join(f"\n      {name}" for name in names[:SHOWN] + more)
-    return Problem(BAD_INPUT, str(folder / INDEX), text.format(n=len(names)) + ":" + lines)
+    return Problem(BAD_INPUT, str(folder / INDEX), text.format(n=len(names)) + ":" + lines, allowed=allowed)
 
 
 def _short(dtype: Any) -> str:

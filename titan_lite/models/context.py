@@ -112,8 +112,8 @@ class TrainingFacts(NamedTuple):
     noise: Noise | None = None
     """What dropout draws from; None = nothing is dropped."""
     token_weight: Tensor | None = None
-    """0-dim, 1 / targets of the global batch: the weight of one token in the objective, for auxiliary losses. None
-    outside training, where nothing is counted either."""
+    """0-dim, 1 / tokens of the global batch's rows: the weight of one token in the auxiliary losses. None outside
+    training, where nothing is counted either."""
     iterations: Iterations | None = None
     """For a recurrent stack; None = as often as outside training."""
     loss_weights: tuple[float, ...] = ()

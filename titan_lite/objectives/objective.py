@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, ClassVar, TypeAlias
 from torch import Tensor, nn
 
 from titan_lite.config.component import Component, SlotConfig
+from titan_lite.data.batch import IGNORE
 from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
 from titan_lite.models.module import Total
 from titan_lite.objectives.cross_entropy import CrossEntropy
@@ -30,6 +31,11 @@ class Objective(Component):
         reads_pairs: ClassVar[bool] = False
         """Whether rows come in pairs: of each two the first is the better text."""
 
+        @property
+        def logits_per_token(self) -> float:
+            """What part of a batch's tokens next-token logits are made of in training."""
+            return 1.0
+
         def freeze(self, model: Transformer) -> None:
             """Switches off the gradients of what it does not train, so that nothing is kept for them."""
 
@@ -46,6 +52,10 @@ class Objective(Component):
         memory: Memory | None = None,
     ) -> Tensor:
         raise NotImplementedError
+
+    def n_read(self, targets: Tensor, documents: Tensor) -> int:
+        """How many tokens of these rows, both (B, T), are text that is learned from, as throughput counts them."""
+        return int((targets != IGNORE).sum())
 
     def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
         """`TrainingFacts.loss_weights` of a step of `n_targets` targets; `total` sums numbers over the ranks."""

@@ -63,6 +63,11 @@ class RewardModeling(Objective):
         lm_weight: NonNegativeFloat = 0.0
         """Weight of the mean next-token loss of the chosen answers; 0 = that head is neither run nor trained."""
 
+        @property
+        def logits_per_token(self) -> float:
+            """Of the better texts' half, if at all."""
+            return 0.5 if self.lm_weight else 0.0
+
         def freeze(self, model: Transformer) -> None:
             if not self.lm_weight:
                 model.head.requires_grad_(False)
@@ -70,6 +75,11 @@ class RewardModeling(Objective):
 
         def problems(self, job: Job, world_size: int | None) -> Iterable[Problem]:
             yield from _problems(self, job)
+
+        def notices(self, job: Job, world_size: int | None) -> Iterable[str]:
+            if job.training.z_loss and not self.lm_weight:
+                why = "it is a part of the next-token loss, and objective.lm_weight is 0"
+                yield f"training.z_loss = {show(job.training.z_loss)} has no effect: {why}"
 
     config: Config
 
@@ -91,17 +101,20 @@ class RewardModeling(Objective):
         (weight,) = facts.loss_weights or (1.0,)
 
         def consume(x: Tensor, output: Output) -> Tensor:
-            chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
+            chosen, rejected = rewards_of(output, documents)
             loss = weight * self.pair_loss(chosen, rejected, self.config.label_smoothing).sum()
             if torch.is_grad_enabled():
                 assert isinstance(model.head, Head)
                 model.head.reward.tell(chosen, rejected)
             if self.config.lm_weight:
-                loss = loss + self.config.lm_weight * self.cross_entropy(x, output, targets)
+                loss = loss + self.config.lm_weight * self.cross_entropy(x[::2], output, targets[::2])
             return loss
 
         loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
         return loss
+
+    def n_read(self, targets: Tensor, documents: Tensor) -> int:
+        return n_of_texts(documents)
 
     def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
         """That of a pair, where each target counts 1."""
@@ -131,21 +144,35 @@ class PairValidation(Validation):
         """Rows as in training; a pair whose rows have no document 0 only fills the batch up."""
 
         def consume(x: Tensor, output: Output) -> Tensor:
-            chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
+            chosen, rejected = rewards_of(output, documents)
             losses = LOSSES[self.config.loss](chosen, rejected, self.config.label_smoothing)
             seen = torch.stack((torch.ones_like(losses), losses, (chosen > rejected).float()))
             sums = seen.where(documents[::2, 0] == 0, 0.0).sum(1)
             self._sums = sums if self._sums is None else self._sums + sums
-            return self.cross_entropy(x, output, targets)
+            return self.cross_entropy(x[::2], output, targets[::2])
 
         loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
         return loss
+
+    def n_read(self, targets: Tensor, documents: Tensor) -> int:
+        return n_of_texts(documents)
 
     def numbers(self, total: Total) -> dict[str, float]:
         """Mean loss of the pairs, and how often the better text has the higher reward."""
         n, loss, correct = total(torch.zeros(3) if self._sums is None else self._sums).tolist()
         self._sums = None
         return {"reward_loss": loss / n, "reward_accuracy": correct / n}
+
+
+def rewards_of(output: Output, documents: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the better texts (P,) of pairs in rows (2 P, T), and of the worse ones."""
+    chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
+    return chosen, rejected
+
+
+def n_of_texts(documents: Tensor) -> int:
+    """Tokens of both texts of all pairs, prompts included: what the model reads, but for the filling of rows."""
+    return int((documents == 0).sum())
 
 
 def ends_of(documents: Tensor) -> Tensor:

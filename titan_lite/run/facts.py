@@ -38,7 +38,7 @@ def run_facts(trainer: Trainer) -> RunFacts:
         model=f"{job.model.name} {job.model.flavor}".strip() or "custom",
         parameters=sum(sizes.values()),
         parameters_without_embedding=sum(sizes.values()) - embedding,
-        flops_per_token=training_flops_per_token(model, training.specs, n_keys)
+        flops_per_token=training_flops_per_token(model, training.specs, n_keys, logits=job.objective.logits_per_token)
         + anew_flops_per_token(model, job.model.memory.anew(job.training.seq_len)),
         layout=f"{world.layout}, {dtype} compute",
         kernels=attention_kernels(model, world.device, job.training.seq_len, n_keys),

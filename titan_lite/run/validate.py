@@ -25,7 +25,7 @@ def validate(
     start = time.perf_counter()
     world = training.world
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
-    n_tokens = text_bytes = 0
+    n_tokens = n_read = text_bytes = 0
     with evaluating(training.model):
         for batch in batches:
             if world.total(bool(stop))[0]:
@@ -36,13 +36,15 @@ def validate(
                 loss += training.validation_objective(training.model, tokens, targets, documents, memory=memory)
             counted = batch.targets[batch.targets != IGNORE]
             n_tokens += counted.numel()
+            n_read += training.validation_objective.n_read(batch.targets, batch.documents)
             text_bytes += int(token_bytes[counted.numpy()].sum())
-    nats, (all_tokens, all_bytes) = world.total_tensor(loss).item(), world.total(n_tokens, text_bytes)
+    nats = world.total_tensor(loss).item()
+    all_tokens, all_read, all_bytes = world.total(n_tokens, n_read, text_bytes)
     return ValidationResult(
         step=step,
         loss=nats / all_tokens,
         bits_per_byte=nats / numpy.log(2).item() / all_bytes,
-        tokens=int(all_tokens),
+        tokens=int(all_read),
         seconds=time.perf_counter() - start,
         extra=training.validation_objective.numbers(world.total_tensor),
     )

@@ -151,6 +151,14 @@ class Pairs(FileSource):
 
         def problems(self, job: Job, world_size: int | None) -> Iterator[Problem]:
             yield from super().problems(job, world_size)
+            seen: dict[str, str] = {}
+            for setting, name in self.columns().items():
+                if not name:
+                    yield Problem(NOT_ALLOWED, f".{setting}", "names no key", name, f'such as "{setting[:-4]}"')
+                elif name in seen:
+                    why = f"is {seen[name]} too: each of a pair's texts has a key of its own"
+                    yield Problem(NOT_ALLOWED, f".{setting}", why, name)
+                seen.setdefault(name, setting)
             for entry in self.entries():
                 if any(path.endswith(".txt") for path in [entry, *local_files(entry)]):
                     yield Problem(NOT_ALLOWED, ".path", "a .txt file holds no pairs", entry, ".jsonl or .parquet files")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +25,7 @@ SIDE_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class HuggingFace(Tokenizer):
-    """Any pipeline the `tokenizers` library reads. A normalizer that puts something before the text (Llama 2's "▁")
-    puts it before every piece of a document that is long enough to be encoded in pieces."""
+    """Any pipeline the `tokenizers` library reads."""
 
     class Config(Tokenizer.Config):
         type: Literal["huggingface"] = "huggingface"
@@ -71,7 +71,8 @@ class HuggingFace(Tokenizer):
         self.token_bytes = self._token_bytes(vocabulary)
 
     def encode(self, text: str, continued: bool = False) -> Ids:
-        return np.array(self.backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
+        backend = self._without_prefix if continued else self.backend
+        return np.array(backend.encode(text, add_special_tokens=False).ids, dtype=np.int64)
 
     def encode_framed(self, text: str) -> Ids:
         return np.array(self.backend.encode(text, add_special_tokens=True).ids, dtype=np.int64)
@@ -94,6 +95,17 @@ class HuggingFace(Tokenizer):
         text = self.backend.to_str(pretty=True)
         self.backend.encode_special_tokens = True
         return text.encode()
+
+    @cached_property
+    def _without_prefix(self) -> Any:
+        """The same tokenizer without a space that it puts before a text: for what goes on where another one ended."""
+        pipeline = json.loads(self.backend.to_str())
+        changed = {part: without_prefix(pipeline[part]) for part in ("normalizer", "pre_tokenizer")}
+        if all(pipeline[part] == steps for part, steps in changed.items()):
+            return self.backend
+        backend = type(self.backend).from_str(json.dumps(pipeline | changed))
+        backend.encode_special_tokens = True
+        return backend
 
     def _token_bytes(self, vocabulary: dict[str, int]) -> Ids:
         pipeline = json.loads(self.backend.to_str())
@@ -166,3 +178,19 @@ def special_names(files: dict[str, bytes], path: str) -> dict[str, list[str]]:
             if isinstance(token, str):
                 names.setdefault(role, []).append(token)
     return names
+
+
+def without_prefix(steps: Any) -> Any:
+    """A normalizer or pre-tokenizer of a tokenizer.json, but for a space before texts; None where nothing is left."""
+    match steps:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Metaspace"}:
+            return steps | {"prepend_scheme": "never"}
+        case {"type": "ByteLevel"}:
+            return steps | {"add_prefix_space": False}
+        case {"normalizers": inner}:
+            return steps | {"normalizers": [step for step in map(without_prefix, inner) if step]}
+        case {"pretokenizers": inner}:
+            return steps | {"pretokenizers": [step for step in map(without_prefix, inner) if step]}
+    return steps
