@@ -65,7 +65,7 @@ def test_every_path_of_the_readme_exists():
 def test_the_config_of_the_readme_is_right(tmp_path: Path):
     from titan_lite.config.load import load_job
 
-    block, layers, pipeline, float8 = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
+    block, layers, pipeline, float8, rewards = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
     (tmp_path / "config.toml").write_text(block.replace("debug.toml", str(ROOT / "train_configs" / "debug.toml")))
     job = load_job(tmp_path / "config.toml", files=False)
     assert job.model.dim == 2048
@@ -79,6 +79,8 @@ def test_the_config_of_the_readme_is_right(tmp_path: Path):
     assert load_job(tmp_path / "pipeline.toml").parallelism.pipeline_parallel_degree == 4
     (tmp_path / "float8.toml").write_text(float8.replace("[model]", "[model]\ndim = 2048"))
     load_job(tmp_path / "float8.toml", files=False)
+    (tmp_path / "rewards.toml").write_text(rewards)
+    assert load_job(tmp_path / "rewards.toml", files=False).objective.reads_pairs
 
 
 def test_the_table_of_features_is_up_to_date():
