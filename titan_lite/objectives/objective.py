@@ -22,7 +22,7 @@ Counted: TypeAlias = Iterable[tuple[Tensor, Tensor]]
 
 class Objective(Component):
     """(model, tokens, targets, documents (B, T), facts, memory) -> this rank's summed loss, of which each target's
-    share of the step's loss is 1 / targets of the global batch. Built as `build(model=, cross_entropy=)`.
+    share of the step's loss is 1 / targets of the global batch. Built as `build(cross_entropy=, row=)`.
     """
 
     class Config(SlotConfig):
