@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tests.hf.checkpoints import save_random
 from tests.hf.test_export import model_tables, same_bits
+from titan_lite.generation import Request, Sampling, decode
 from titan_lite.hf.export import export
 from titan_lite.hf.importer import import_folder
 from titan_lite.hf.loaded import load_theirs
@@ -54,6 +56,25 @@ def test_a_memory_that_transformers_lacks_is_named(tmp_path: Path) -> None:
     card = (tmp_path / "hf" / "README.md").read_text()
     assert 'model.memory.type = "xl"' in card
     assert 'from_pretrained("hf")' in card
+
+
+@torch.no_grad()
+def test_a_model_with_a_memory_reads_what_needs_none(tmp_path: Path) -> None:
+    """Up to the length of a segment it is the model that decodes here; a longer text is refused."""
+    memory = {"type": "long_term", "length": 16, "segment": 8, "segments": 4, "retrieve": 2}
+    tables = model_tables(preset="llama3", memory=memory, head={"bias": True})
+    save_random(tmp_path / "run", tables, training={"seq_len": 64})
+    report = export(tmp_path / "run", tmp_path / "hf")
+    assert (report["model_type"], report["memory"]) == ("titan_lite", "long_term")
+    ids, here = prompts()[:1], load_pretrained(tmp_path / "run", torch.device("cpu"))
+    assert here.remembers()
+    engine = replace(here.engine(), ends=frozenset())
+    ours = [token for _, token in decode(engine, [Request(ids[0].tolist(), 40)], Sampling(temperature=0.0))]
+    theirs = load_theirs(tmp_path / "hf")
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None}
+    assert theirs.generate(ids, max_new_tokens=40, **options)[0, 12:].tolist() == ours
+    with pytest.raises(ValueError, match=r"more than 64 tokens are read in segments \(model.memory.type = 'long_term'"):
+        theirs.generate(ids, max_new_tokens=60, **options)
 
 
 @pytest.fixture(scope="module")

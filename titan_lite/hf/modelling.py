@@ -175,6 +175,16 @@ class TitanLiteModel(PreTrainedModel):
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Weights come from files."""
 
+    def _check_length(self, tokens: int) -> None:
+        """ValueError for texts that the model's memory would read in segments."""
+        limit, memory = self.config.max_position_embeddings, self.config.model_config().memory
+        if chosen(memory) and tokens > limit:
+            raise ValueError(
+                f"texts of more than {limit} tokens are read in segments (model.memory.type ="
+                f" {memory.model_dump()['type']!r}), which titan_lite's scripts/generate.py does with this folder, and"
+                " transformers does not"
+            )
+
     def shard_units(self) -> Iterator[torch.nn.Module]:
         """What can have its weights by itself."""
         return self.model.shard_units()
@@ -221,6 +231,7 @@ class TitanLiteForCausalLM(TitanLiteModel, GenerationMixin):
         refuse(options)
         check_positions(position_ids, attention_mask)
         cache = past_key_values if past_key_values is not None else GrowingCache()
+        self._check_length(cache.length + input_ids.shape[1])
         if cache.length == 0 and attention_mask is not None:
             cache.padding = self._padding(attention_mask)
 
@@ -258,6 +269,7 @@ class TitanLiteForSequenceClassification(TitanLiteModel):
         """
         refuse(options)
         check_positions(position_ids, attention_mask)
+        self._check_length(input_ids.shape[1])
         cache, shown = GrowingCache(), attention_mask
         if attention_mask is not None:
             cache.padding = self._padding(attention_mask)

@@ -22,6 +22,7 @@ from titan_lite.hf.loaded import ByBlock, Loading, Subject, Whole, blocks_of
 from titan_lite.hf.memory import available_memory
 from titan_lite.hf.tokenizer_files import SAMPLES
 from titan_lite.hushed import torchao_hushed
+from titan_lite.models.memory import NoLaneMemory
 from titan_lite.models.transformer import Transformer
 
 EXACT: Final = 1e-4
@@ -148,9 +149,12 @@ def fixed_prompts(shape: Shape, tokenizer: Tokenizer) -> Tensor:
 
 
 def longest(shape: Shape) -> int:
-    """The most tokens a text can have; 0 = no limit."""
+    """The most tokens a text can have, without a memory of those before; 0 = no limit."""
     position: Any = getattr(shape.config.embedding, "position", None)
-    return int(getattr(position, "max_len", 0))
+    limits = [int(getattr(position, "max_len", 0))]
+    if not isinstance(shape.config.memory, NoLaneMemory.Config):
+        limits.append(shape.context_len)
+    return min(filter(None, limits), default=0)
 
 
 def _room(shape: Shape, wanted: int) -> int:
