@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.parallel.twins import split
 from tests.runs import VOCAB, build_tiny, full
 from titan_lite.config.check import notices
 from titan_lite.config.errors import ConfigError
@@ -102,8 +103,7 @@ def run(
         layout = job.parallelism
         piped = layout.pipeline_parallel_degree > 1
         size = layout.pipeline_parallel_microbatch_size if piped else job.training.local_batch_size
-        batches = [MicroBatch(*parts) for parts in zip(*(part.split(size) for part in mine), strict=True)]
-        tensors = step(training, batches, (whole.targets != -100).sum().item(), index)
+        tensors = step(training, split(MicroBatch(*mine), size), (whole.targets != -100).sum().item(), index)
         losses.append(tensors.loss.item())
         norms.append(tensors.grad_norm.item())
     metrics = world.merged(collect_metrics(training.model, world.total_of_layers))

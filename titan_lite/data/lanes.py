@@ -105,6 +105,11 @@ class Lane:
         self.place = Place(*(self._goal[name] for name in Place._fields))
         self.ordinal = self._goal["document"]
 
+    @classmethod
+    def require(cls, split: Split, framing: Framing, seq_len: int) -> None:
+        """Raises ConfigError if a split has nothing to make rows of: training would look for it for ever."""
+        split.require_documents()
+
     def next_rows(self) -> Rows:
         """The lane's part of the next batch."""
         raise NotImplementedError
@@ -195,6 +200,13 @@ class PairLane(Lane):
 
     n_rows = 2
 
+    @classmethod
+    def require(cls, split: Split, framing: Framing, seq_len: int) -> None:
+        super().require(split, framing, seq_len)
+        if all(pair_rows(text, framing, seq_len) is None for text in split.documents()):
+            raise none_fits(split.source, seq_len)
+        split.source.dropped = 0
+
     def next_rows(self) -> Rows:
         source, first = self.seat.group.split.source, self.place.epoch
         while True:
@@ -204,10 +216,15 @@ class PairLane(Lane):
                 return rows
             source.dropped += 1
             if self.place.epoch - first > 2 * self.seat.n_lanes * self.seat.group.n_groups:
-                raise source.error(f"{source.describe()}: no pair fits into rows of {self._seq_len} tokens")
+                raise none_fits(source, self._seq_len)
 
     def cursor(self) -> Cursor:
         return {"lane": self.seat.row, **self.place._asdict(), "document": self.ordinal, "piece": 0, "offset": 0}
+
+
+def none_fits(source: Source, seq_len: int) -> ConfigError:
+    """The error about pairs that are all too long."""
+    return source.error(f"{source.describe()}: no pair fits into rows of {seq_len} tokens")
 
 
 def pair_rows(text: str, framing: Framing, seq_len: int) -> Rows | None:
@@ -257,14 +274,6 @@ def open_lanes(
         for one in together:
             one.reader = reader
     return lanes
-
-
-def require_pairs(split: Split, framing: Framing, seq_len: int) -> None:
-    """Raises ConfigError if not one pair fits into rows of `seq_len` tokens: training would look for one for ever."""
-    if all(pair_rows(text, framing, seq_len) is None for text in split.documents()):
-        source = split.source
-        raise source.error(f"{source.describe()}: no pair fits into rows of {seq_len} tokens")
-    split.source.dropped = 0
 
 
 def lane_of(source: Source) -> type[Lane]:

@@ -16,7 +16,7 @@ from titan_lite.data.background import Background, LoaderSettings
 from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.config import DataConfig
 from titan_lite.data.documents import Group, Split
-from titan_lite.data.lanes import Cursor, Lane, PairLane, Rows, Seat, lane_of, open_lanes, require_pairs, seats
+from titan_lite.data.lanes import Cursor, Lane, Rows, Seat, lane_of, open_lanes, seats
 from titan_lite.data.pieces import Framing
 from titan_lite.data.tokenizer import Tokenizer
 from titan_lite.data.validation import validation_batches
@@ -131,9 +131,7 @@ def train_batches(
     if lane.n_rows > 1 and (rows.start % lane.n_rows or rows.stop % lane.n_rows):
         why = f"its rows come in pairs, and a rank's share of them is {len(rows)}"
         raise ConfigError.at("training.global_batch_size", why, lanes, code=CROSS_FIELD)
-    split.require_documents()
-    if lane is PairLane:
-        require_pairs(split, framing, seq_len)
+    lane.require(split, framing, seq_len)
     shards = tuple(split.source.shards())
     n_lanes, mine = lanes // lane.n_rows, range(rows.start // lane.n_rows, rows.stop // lane.n_rows)
     n_groups = min(len(shards), n_lanes)

@@ -16,7 +16,7 @@ from titan_lite.data.background import Background, LoaderSettings
 from titan_lite.data.batch import IGNORE, Batch
 from titan_lite.data.config import DataConfig
 from titan_lite.data.documents import Split
-from titan_lite.data.lanes import pair_rows, require_pairs
+from titan_lite.data.lanes import lane_of, pair_rows
 from titan_lite.data.pieces import Framing, piece_end
 from titan_lite.data.source import Source
 from titan_lite.data.tokenizer import Ids, Tokenizer
@@ -59,9 +59,7 @@ def validation_batches(
     else:
         split = Split(own_source.build(key="validation.dataset"), 1.0, held_out=True)
     framing = Framing.of(tokenizer, data.bos)
-    split.require_documents()
-    if split.source.config.holds_pairs:
-        require_pairs(split, framing, validation.seq_len)
+    lane_of(split.source).require(split, framing, validation.seq_len)
     size, settings = validation.local_batch_size, validation.dataloader
     rows = range(dp_rank * size, (dp_rank + 1) * size)
     arrays = Background(Stream(split, framing, validation.seq_len, size * dp_size, rows, validation.steps), 1, settings)

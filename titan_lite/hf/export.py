@@ -220,7 +220,7 @@ def write_configs(folder: Path, name: str, opened: Pieces, target: Target, dtype
     pad = padding_token(tokenizer) if target.reward_class else None
     ids: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": pad}
     config = CONFIG_MAPPING[target.model_type](**target.settings, **(SETTINGS if target.reward_class else {}), **ids)
-    config.architectures = [name for name in (target.class_name, target.reward_class) if name]
+    config.architectures = [each for each in (target.class_name, target.reward_class) if each]
     config.dtype = dtype
     config.save_pretrained(folder)
     unused = list(range(tokenizer.vocab_size, opened.shape.vocab_size))

@@ -169,7 +169,9 @@ class TitanLiteModel(PreTrainedModel):
 
     def __init__(self, config: TitanLiteConfig):
         super().__init__(config)
-        self.model: Transformer = config.model_config().build(vocab_size=config.vocab_size)
+        self.model_config = config.model_config()
+        self.model: Transformer = self.model_config.build(vocab_size=config.vocab_size)
+        self.remembers = chosen(self.model_config.memory)
         self.post_init()
 
     def _init_weights(self, module: torch.nn.Module) -> None:
@@ -177,12 +179,12 @@ class TitanLiteModel(PreTrainedModel):
 
     def _check_length(self, tokens: int) -> None:
         """ValueError for texts that the model's memory would read in segments."""
-        limit, memory = self.config.max_position_embeddings, self.config.model_config().memory
-        if chosen(memory) and tokens > limit:
+        limit = self.config.max_position_embeddings
+        if self.remembers and tokens > limit:
+            kind = self.model_config.memory.model_dump()["type"]
             raise ValueError(
-                f"texts of more than {limit} tokens are read in segments (model.memory.type ="
-                f" {memory.model_dump()['type']!r}), which titan_lite's scripts/generate.py does with this folder, and"
-                " transformers does not"
+                f"texts of more than {limit} tokens are read in segments (model.memory.type = {kind!r}), which"
+                " titan_lite's scripts/generate.py does with this folder, and transformers does not"
             )
 
     def shard_units(self) -> Iterator[torch.nn.Module]:
@@ -197,7 +199,7 @@ class TitanLiteModel(PreTrainedModel):
         hidden = (attention_mask != 0).int().argmax(dim=1)
         if not hidden.any():
             return None
-        if key := next(counts_positions(self.config.model_config()), ""):
+        if key := next(counts_positions(self.model_config), ""):
             raise ValueError(
                 f"rows padded on the left have other positions, which {key} counts: give one row at a time"
             )
@@ -254,7 +256,7 @@ class TitanLiteForSequenceClassification(TitanLiteModel):
 
     def __init__(self, config: TitanLiteConfig):
         super().__init__(config)
-        if not config.model_config().head.reward.scores:
+        if not self.model_config.head.reward.scores:
             raise ValueError('this model has no reward head: it was trained with model.head.reward.type = "none"')
 
     def forward(

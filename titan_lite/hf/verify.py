@@ -111,9 +111,8 @@ def verify(subject: Subject, tokenizer: Tokenizer, begin: int | None, method: st
         ]
         del loaded
         if rewards is not None:
-            scorer = loading.theirs(subject, classifies=True)
-            otherwise += loading.unround(scorer, subject)
-            scored = torch.cat([scorer(row[None]).logits[:, 0] for row in prompts])
+            scored, others = _scored_there(loading, subject, prompts)
+            otherwise += others
             of_rewards = (rewards - scored).abs().max().item()
             if not of_rewards <= tolerance:
                 problems.append(f"rewards differ by up to {of_rewards:.3g}, where {tolerance:.0e} is allowed")
@@ -188,6 +187,13 @@ def _rewards(model: Transformer, prompts: Tensor) -> Tensor:
     ends = torch.full((len(prompts),), prompts.shape[1] - 1)
     rewards: Tensor = model(prompts, consume=lambda x, output: output.rewards(ends))
     return rewards
+
+
+def _scored_there(loading: Loading, subject: Subject, prompts: Tensor) -> tuple[Tensor, list[str]]:
+    """The same by transformers' classifier; and the names of tensors that it found otherwise, see `Loading.unround`."""
+    scorer = loading.theirs(subject, classifies=True)
+    otherwise = loading.unround(scorer, subject)
+    return torch.cat([scorer(row[None]).logits[:, 0] for row in prompts]), otherwise
 
 
 def _block_differences(wanted: Seen, found: Seen) -> tuple[float, ...]:

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from titan_lite.data.batch import IGNORE
-from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
+from titan_lite.models.context import TrainingFacts
+from titan_lite.models.head.lm import Consume
 from titan_lite.models.head.output import Output
+from titan_lite.models.mtp import MTP, Further, nothing_further
 from titan_lite.models.row import WHOLE, Row
 from titan_lite.models.transformer import Transformer
 from titan_lite.objectives.cross_entropy import CrossEntropy, Part
@@ -35,27 +37,21 @@ class MultiTokenPrediction(LanguageModeling):
         super().__init__(config, cross_entropy, row)
         self.weights = weights
 
-    def __call__(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        targets: Tensor,
-        documents: Tensor,
-        facts: TrainingFacts = NOT_TRAINING,
-        memory: Memory | None = None,
-    ) -> Tensor:
+    def consuming(self, model: nn.Module, targets: Tensor, documents: Tensor, facts: TrainingFacts) -> Consume:
         if not facts.loss_weights:
-            return super().__call__(model, tokens, targets, documents, facts, memory)
-        assert isinstance(model, Transformer)
+            return super().consuming(model, targets, documents, facts)
         further = [self.row.own(targets_ahead(targets, documents, k)) for k in range(1, 1 + len(facts.loss_weights))]
 
         def consume(x: Tensor, output: Output, *states: Tensor) -> Tensor:
             others = (Part(*part) for part in zip(states, further, facts.loss_weights, strict=True))
             loss, *losses = self.cross_entropy.first_of([Part(x, self.row.own(targets)), *others], output)
-            model.mtp.tell(losses, [(of_k != IGNORE).sum() for of_k in further])
+            mtp_of(model).tell(losses, [(of_k != IGNORE).sum() for of_k in further])
             return loss
 
-        return model(tokens, documents, memory, facts, consume=consume, further=model.mtp, row=self.row)
+        return consume
+
+    def further(self, model: nn.Module, facts: TrainingFacts) -> Further:
+        return mtp_of(model) if facts.loss_weights else nothing_further
 
     def loss_weights(self, total: Callable[..., list[float]], batches: Counted, n_targets: float) -> tuple[float, ...]:
         """Those of sums, where the sum over the `n_targets` targets of the global batch counts 1."""
@@ -64,6 +60,12 @@ class MultiTokenPrediction(LanguageModeling):
             for k in range(1, 1 + len(self.weights)):
                 counts[k - 1] += int((targets_ahead(targets, documents, k) != IGNORE).sum())
         return tuple(w * n_targets / max(n, 1) for w, n in zip(self.weights, total(*counts), strict=True))
+
+
+def mtp_of(model: nn.Module) -> MTP:
+    """What predicts further tokens."""
+    assert isinstance(model, Transformer)
+    return model.mtp
 
 
 def targets_ahead(targets: Tensor, documents: Tensor, k: int) -> Tensor:

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from titan_lite.config.component import Component, SlotConfig
 from titan_lite.data.batch import IGNORE
 from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
+from titan_lite.models.head.lm import Consume
 from titan_lite.models.module import Total
+from titan_lite.models.mtp import Further, nothing_further
+from titan_lite.models.row import WHOLE, Row
 from titan_lite.objectives.cross_entropy import CrossEntropy
 
 if TYPE_CHECKING:
@@ -39,8 +42,9 @@ class Objective(Component):
         def freeze(self, model: Transformer) -> None:
             """Switches off the gradients of what it does not train, so that nothing is kept for them."""
 
-    cross_entropy: CrossEntropy
-    """Of the next token."""
+    def __init__(self, config: Config, cross_entropy: CrossEntropy, row: Row = WHOLE):
+        """`cross_entropy`: of the next token; `row`: what this rank computes of the loss of each row."""
+        self.config, self.cross_entropy, self.row = config, cross_entropy, row
 
     def __call__(
         self,
@@ -51,7 +55,17 @@ class Objective(Component):
         facts: TrainingFacts = NOT_TRAINING,
         memory: Memory | None = None,
     ) -> Tensor:
+        consume, further = self.consuming(model, targets, documents, facts), self.further(model, facts)
+        loss: Tensor = model(tokens, documents, memory, facts, consume=consume, further=further, row=self.row)
+        return loss
+
+    def consuming(self, model: nn.Module, targets: Tensor, documents: Tensor, facts: TrainingFacts) -> Consume:
+        """What makes the loss of the last hidden states, in the model's head."""
         raise NotImplementedError
+
+    def further(self, model: nn.Module, facts: TrainingFacts) -> Further:
+        """What makes the states that it gets beside them."""
+        return nothing_further
 
     def n_read(self, targets: Tensor, documents: Tensor) -> int:
         """How many tokens of these rows, both (B, T), are text that is learned from, as throughput counts them."""

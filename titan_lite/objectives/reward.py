@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from titan_lite.config.component import SlotConfig
 from titan_lite.config.errors import CROSS_FIELD, Problem, show
 from titan_lite.config.fields import NonNegativeFloat
-from titan_lite.models.context import NOT_TRAINING, Memory, TrainingFacts
-from titan_lite.models.head.lm import Head
+from titan_lite.models.context import TrainingFacts
+from titan_lite.models.head.lm import Consume, Head
 from titan_lite.models.head.output import Output
 from titan_lite.models.module import Total
 from titan_lite.models.row import WHOLE, Row
@@ -84,34 +84,27 @@ class RewardModeling(Objective):
     config: Config
 
     def __init__(self, config: Config, cross_entropy: CrossEntropy, row: Row = WHOLE):
+        super().__init__(config, cross_entropy, row)
         assert row.size == 1, "both texts of a pair are whole"
-        self.config, self.cross_entropy = config, cross_entropy
         self.pair_loss = LOSSES[config.loss]
+        self.next_tokens = self._next_tokens if config.lm_weight else nothing_beside
 
-    def __call__(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        targets: Tensor,
-        documents: Tensor,
-        facts: TrainingFacts = NOT_TRAINING,
-        memory: Memory | None = None,
-    ) -> Tensor:
+    def consuming(self, model: nn.Module, targets: Tensor, documents: Tensor, facts: TrainingFacts) -> Consume:
         """Rows (B, T) come in pairs, the better text first, each from the row's beginning on as document 0."""
         (weight,) = facts.loss_weights or (1.0,)
 
         def consume(x: Tensor, output: Output) -> Tensor:
             chosen, rejected = rewards_of(output, documents)
-            loss = weight * self.pair_loss(chosen, rejected, self.config.label_smoothing).sum()
             if torch.is_grad_enabled():
                 assert isinstance(model.head, Head)
                 model.head.reward.tell(chosen, rejected)
-            if self.config.lm_weight:
-                loss = loss + self.config.lm_weight * self.cross_entropy(x[::2], output, targets[::2])
-            return loss
+            of_pairs = weight * self.pair_loss(chosen, rejected, self.config.label_smoothing).sum()
+            return of_pairs + self.next_tokens(x, output, targets)
 
-        loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
-        return loss
+        return consume
+
+    def _next_tokens(self, x: Tensor, output: Output, targets: Tensor) -> Tensor:
+        return self.config.lm_weight * of_better(self.cross_entropy, x, output, targets)
 
     def n_read(self, targets: Tensor, documents: Tensor) -> int:
         return n_of_texts(documents)
@@ -129,30 +122,22 @@ class PairValidation(Validation):
     """The summed next-token loss of the better answers; the numbers are those of the pairs' rewards."""
 
     def __init__(self, config: RewardModeling.Config, cross_entropy: CrossEntropy):
-        self.config, self.cross_entropy = config, cross_entropy
+        super().__init__(config, cross_entropy)
+        self.pair_loss, self.smoothing = LOSSES[config.loss], config.label_smoothing
         self._sums: Tensor | None = None
 
-    def __call__(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        targets: Tensor,
-        documents: Tensor,
-        facts: TrainingFacts = NOT_TRAINING,
-        memory: Memory | None = None,
-    ) -> Tensor:
+    def consuming(self, model: nn.Module, targets: Tensor, documents: Tensor, facts: TrainingFacts) -> Consume:
         """Rows as in training; a pair whose rows have no document 0 only fills the batch up."""
 
         def consume(x: Tensor, output: Output) -> Tensor:
             chosen, rejected = rewards_of(output, documents)
-            losses = LOSSES[self.config.loss](chosen, rejected, self.config.label_smoothing)
+            losses = self.pair_loss(chosen, rejected, self.smoothing)
             seen = torch.stack((torch.ones_like(losses), losses, (chosen > rejected).float()))
             sums = seen.where(documents[::2, 0] == 0, 0.0).sum(1)
             self._sums = sums if self._sums is None else self._sums + sums
-            return self.cross_entropy(x[::2], output, targets[::2])
+            return of_better(self.cross_entropy, x, output, targets)
 
-        loss: Tensor = model(tokens, documents, memory, facts, consume=consume)
-        return loss
+        return consume
 
     def n_read(self, targets: Tensor, documents: Tensor) -> int:
         return n_of_texts(documents)
@@ -168,6 +153,16 @@ def rewards_of(output: Output, documents: Tensor) -> tuple[Tensor, Tensor]:
     """Of the better texts (P,) of pairs in rows (2 P, T), and of the worse ones."""
     chosen, rejected = output.rewards(ends_of(documents)).unflatten(0, (-1, 2)).unbind(1)
     return chosen, rejected
+
+
+def of_better(cross_entropy: CrossEntropy, x: Tensor, output: Output, targets: Tensor) -> Tensor:
+    """The summed next-token loss of the better texts, whose logits alone are made."""
+    return cross_entropy(x[::2], output, targets[::2])
+
+
+def nothing_beside(x: Tensor, output: Output, targets: Tensor) -> Tensor:
+    """No next-token loss."""
+    return x.new_zeros(())
 
 
 def n_of_texts(documents: Tensor) -> int:
