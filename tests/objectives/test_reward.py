@@ -231,6 +231,29 @@ def test_the_logits_are_those_of_a_model_without_it() -> None:
     assert torch.equal(logits(with_head), logits(without))
 
 
+@pytest.mark.parametrize("lm_weight", [0.0, 0.5])
+def test_the_loss_is_a_mean_over_pairs_and_one_over_the_better_answers(lm_weight: float) -> None:
+    """Written out from states and logits, whatever the targets are as many as."""
+    _, training = build_tiny(sections(reward={"lm_weight": lm_weight}))
+    whole, head = rows(0), training.model.head
+    ends = (whole.documents == 0).sum(1) - 1
+    with torch.no_grad():
+        states: Tensor = training.model(whole.tokens, whole.documents, consume=lambda x, output: x)
+        logits: Tensor = training.model(whole.tokens, whole.documents)
+        rewards = [float(states[i, end] @ head.reward.weight[0]) for i, end in enumerate(ends)]
+    signs = [reward if i % 2 == 0 else -reward for i, reward in enumerate(rewards)]
+    each = [0.9 * math.log1p(math.exp(-r)) + 0.1 * math.log1p(math.exp(r)) for r in signs]
+    nats = [
+        -float(logits[i, t].log_softmax(-1)[whole.targets[i, t]])
+        for i in range(0, len(ends), 2)
+        for t in range(T)
+        if whole.targets[i, t] != -100
+    ]
+    expected = sum(each) / (len(ends) / 2) + lm_weight * sum(nats) / len(nats)
+    found = step(training, [whole], float(len(nats)), 0).loss.item()
+    assert found == pytest.approx(expected, rel=RTOL)
+
+
 def test_metrics_are_means_over_the_pairs() -> None:
     _, training = build_tiny(sections())
     whole = rows(0)
